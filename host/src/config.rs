@@ -1,0 +1,43 @@
+//! The host's configuration, validated once and then frozen.
+
+use std::net::SocketAddr;
+use std::path::PathBuf;
+
+use insula_types::quantity::{Bytes, Fuel, Millis};
+use insula_types::spec::RequestLimits;
+
+/// What `insula serve` runs with. Made by the CLI from flags, environment and file.
+#[derive(Debug, Clone)]
+pub struct HostConfig {
+    /// The data directory; created when missing.
+    pub data_dir: PathBuf,
+    /// The ingress listener; port 0 asks the kernel for one.
+    pub listen: SocketAddr,
+    /// The admin listener; port 0 asks the kernel for one.
+    pub admin: SocketAddr,
+    /// Services answer on `<service>.<tenant>.<domain>`.
+    pub domain: String,
+    /// Worker threads; as many as cores by default.
+    pub workers: usize,
+    /// No service gets more than this for one request.
+    pub ceiling: RequestLimits,
+    /// Instances that can be alive at once.
+    pub instances: u32,
+    /// How long requests may go on after SIGTERM.
+    pub drain: Millis,
+}
+
+/// Largest component that is accepted: honest ones made from Python or JavaScript are 10–20 MB.
+pub const COMPONENT_MAX: Bytes = Bytes::mib(64);
+
+/// The ceiling on one request when the operator sets none.
+pub const DEFAULT_CEILING: RequestLimits = RequestLimits {
+    memory: Bytes::mib(128),
+    fuel: Fuel::constant(1_000_000_000_000),
+    timeout: Millis::constant(300_000),
+    request_body: Bytes::mib(1024),
+};
+
+/// Instances that can be alive at once when the operator sets nothing: `vm.max_map_count` of a
+/// stock kernel (65,530) divided by the handful of mappings that a pooled instance takes.
+pub const DEFAULT_INSTANCES: u32 = 2_000;

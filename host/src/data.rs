@@ -1,0 +1,449 @@
+//! The data plane: workers, pool and ingress, put together and told what to serve.
+//!
+//! ```text
+//!  Command ─▶ `insula-data` thread ─▶ intent ─▶ new route table ─▶ swapped in ─▶ FromData::Done
+//!                                       │
+//!  worker 0 … n ◀── pool, ingress ──────┘
+//! ```
+//!
+//! The thread applies all commands that wait, publishes one route table and answers them all. It
+//! holds no database and no token, only the key of the artefacts that it loads.
+//!
+//! Shutdown:
+//! 1. `ToData::Drain` arrives: workers stop accepting, idle connections close.
+//! 2. Requests go on until the last has ended or the deadline has passed; then they are
+//!    cancelled.
+//! 3. `Done` is answered; the command channel closes and the thread tells the workers to leave.
+//! 4. [`DataPlane`] joins all threads when it is dropped.
+
+use std::collections::HashMap;
+use std::io::Read;
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use insula_metrics::{DataMetrics, Kind};
+use insula_types::spec::{RequestLimits, Route, TenantSpec};
+use insula_types::{Digest, ServiceId, TenantId, TenantName};
+use tokio::sync::{mpsc, watch};
+
+use crate::engine::artefact::ArtefactKey;
+use crate::engine::{Engine, EngineError, EngineLimits, Program, TenantMemory, compatibility};
+use crate::ingress::Ingress;
+use crate::ingress::logs::{LogHub, ServiceLog};
+use crate::ingress::routes::RouteTable;
+use crate::messages::{
+    ActiveVersion, Collected, Command, FromData, Refusal, ServiceIntent, ToData,
+};
+use crate::pool::Pool;
+use crate::pool::clock::process_cpu_ns;
+use crate::pool::entries::{Active, ServiceEntry, ServiceStats, TenantEntry};
+use crate::pool::worker::{self, Phase, WorkerError};
+
+/// What the data plane is started with.
+#[derive(Debug)]
+pub struct DataConfig {
+    /// The ingress listener.
+    pub listen: SocketAddr,
+    /// Services answer on `<service>.<tenant>.<domain>`.
+    pub domain: String,
+    /// Worker threads.
+    pub workers: usize,
+    /// No request gets more than this.
+    pub ceiling: RequestLimits,
+    /// Instances alive at once.
+    pub instances: u32,
+    /// The key that artefacts are sealed with.
+    pub artefact_key: ArtefactKey,
+}
+
+/// Why the data plane could not start.
+#[derive(Debug, thiserror::Error)]
+pub enum StartError {
+    /// No listener or no thread.
+    #[error(transparent)]
+    Worker(#[from] WorkerError),
+    /// No engine.
+    #[error(transparent)]
+    Engine(#[from] EngineError),
+    /// No pool.
+    #[error("{0}")]
+    Pool(#[from] insula_scheduler::ConfigError),
+    /// No runtime or no thread for commands.
+    #[error("cannot start the data plane's thread: {0}")]
+    Thread(std::io::Error),
+}
+
+/// The running data plane; joins its threads when dropped, after the command channel was closed.
+#[derive(Debug)]
+pub struct DataPlane {
+    ingress: SocketAddr,
+    threads: Vec<JoinHandle<()>>,
+}
+
+impl DataPlane {
+    /// Where the ingress listens.
+    #[must_use]
+    pub const fn ingress(&self) -> SocketAddr {
+        self.ingress
+    }
+}
+
+impl Drop for DataPlane {
+    fn drop(&mut self) {
+        for thread in self.threads.drain(..) {
+            if thread.join().is_err() {
+                tracing::error!("a thread of the data plane panicked");
+            }
+        }
+    }
+}
+
+/// Starts the data plane: workers first, then the thread that applies commands.
+///
+/// # Errors
+/// [`StartError`]; whatever was started is stopped again.
+pub fn start(
+    config: DataConfig,
+    commands: mpsc::Receiver<Command>,
+    reports: mpsc::Sender<FromData>,
+) -> Result<DataPlane, StartError> {
+    let engine = Engine::pooled(EngineLimits {
+        instances: config.instances,
+        memory: config.ceiling.memory,
+    })?;
+    let pool = Pool::new(config.workers, config.instances)?;
+    let metrics = DataMetrics::new();
+    metrics.set_host_workers(config.workers);
+    let ingress = Ingress::new(Arc::clone(&pool), metrics.clone());
+    let listeners = worker::listeners(config.listen, config.workers)?;
+    let address = listeners
+        .first()
+        .and_then(|listener| listener.local_addr().ok());
+    let address = address.unwrap_or(config.listen);
+    let (phase, _) = watch::channel(Phase::Serving);
+    let mut plane = DataPlane {
+        ingress: address,
+        threads: Vec::with_capacity(config.workers + 1),
+    };
+    for (index, listener) in (0u16..).zip(listeners) {
+        let (pool, ingress) = (Arc::clone(&pool), Arc::clone(&ingress));
+        // On an error `phase` is dropped, which ends the workers that run already.
+        plane.threads.push(worker::start(
+            index,
+            listener,
+            pool,
+            ingress,
+            phase.subscribe(),
+        )?);
+    }
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_time()
+        .build()
+        .map_err(StartError::Thread)?;
+    let compat = compatibility();
+    let desk = Desk {
+        config,
+        engine,
+        compat,
+        pool,
+        ingress,
+        metrics,
+        logs: Arc::default(),
+        tenants: HashMap::new(),
+        services: HashMap::new(),
+        programs: HashMap::new(),
+        phase,
+    };
+    let thread = std::thread::Builder::new()
+        .name("insula-data".to_owned())
+        .spawn(move || runtime.block_on(desk.run(address, commands, reports)))
+        .map_err(StartError::Thread)?;
+    plane.threads.push(thread);
+    Ok(plane)
+}
+
+/// A tenant, and what was last told to its metrics.
+struct Tenant {
+    entry: Arc<TenantEntry>,
+    waited: (Duration, Duration),
+}
+
+struct Service {
+    entry: Arc<ServiceEntry>,
+    routes: Vec<Route>,
+}
+
+/// The state of the command thread.
+struct Desk {
+    config: DataConfig,
+    engine: Engine,
+    compat: String,
+    pool: Arc<Pool>,
+    ingress: Arc<Ingress>,
+    metrics: DataMetrics,
+    logs: Arc<LogHub>,
+    tenants: HashMap<TenantId, Tenant>,
+    services: HashMap<ServiceId, Service>,
+    programs: HashMap<Digest, Program>,
+    phase: watch::Sender<Phase>,
+}
+
+/// Commands applied before the route table is published.
+const COMMANDS_AT_ONCE: usize = 256;
+
+impl Desk {
+    async fn run(
+        mut self,
+        address: SocketAddr,
+        mut commands: mpsc::Receiver<Command>,
+        reports: mpsc::Sender<FromData>,
+    ) {
+        if reports
+            .send(FromData::Ready { ingress: address })
+            .await
+            .is_err()
+        {
+            return;
+        }
+        let logs = Arc::clone(&self.logs);
+        let mut batch = Vec::with_capacity(COMMANDS_AT_ONCE);
+        loop {
+            // Both branches are cancel-safe: commands stay in the channel, records in the hub.
+            tokio::select! {
+                biased;
+                received = commands.recv_many(&mut batch, COMMANDS_AT_ONCE) => {
+                    if received == 0 {
+                        break;
+                    }
+                    for answer in self.apply(&mut batch).await {
+                        if reports.send(answer).await.is_err() {
+                            return;
+                        }
+                    }
+                }
+                records = logs.take() => {
+                    if reports.send(FromData::Logs(records)).await.is_err() {
+                        return;
+                    }
+                }
+            }
+        }
+        self.pool.cancel_all();
+        self.phase.send_replace(Phase::Ended);
+        self.pool.wake_all();
+    }
+
+    /// Applies commands in order; publishes the route table once, before any is answered.
+    async fn apply(&mut self, batch: &mut Vec<Command>) -> Vec<FromData> {
+        let mut answers = Vec::with_capacity(batch.len());
+        let mut changed = false;
+        for Command { seq, body } in batch.drain(..) {
+            let result = match body {
+                ToData::Collect => {
+                    let collected = Box::new(self.collect());
+                    let records = self.logs.take_now();
+                    if !records.is_empty() {
+                        answers.push(FromData::Logs(records));
+                    }
+                    answers.push(FromData::Collected { seq, collected });
+                    continue;
+                }
+                ToData::Drain { deadline } => {
+                    self.drain(deadline).await;
+                    Ok(())
+                }
+                ToData::Tenant { id, name, spec } => {
+                    changed = true;
+                    self.set_tenant(id, name, &spec)
+                }
+                ToData::DropTenant(id) => {
+                    changed = true;
+                    self.drop_tenant(id);
+                    Ok(())
+                }
+                ToData::Service(intent) => {
+                    changed = true;
+                    self.set_service(*intent)
+                }
+                ToData::DropService(id) => {
+                    changed = true;
+                    self.drop_service(id);
+                    Ok(())
+                }
+            };
+            answers.push(FromData::Done { seq, result });
+        }
+        if changed {
+            self.publish();
+        }
+        answers
+    }
+
+    fn publish(&mut self) {
+        let services = self.services.values();
+        let table = RouteTable::build(
+            &self.config.domain,
+            services.map(|service| (&service.entry, service.routes.as_slice())),
+        );
+        self.ingress.swap_routes(table);
+        // Programs that nothing serves any more are unmapped when their last request ends.
+        let used: std::collections::HashSet<Digest> = self
+            .services
+            .values()
+            .filter_map(|service| service.entry.active.as_ref().map(|active| active.digest))
+            .collect();
+        self.programs.retain(|digest, _| used.contains(digest));
+    }
+
+    fn set_tenant(
+        &mut self,
+        id: TenantId,
+        name: TenantName,
+        spec: &TenantSpec,
+    ) -> Result<(), Refusal> {
+        self.pool.set_tenant(id, spec).map_err(Refusal::Envelope)?;
+        let metrics = &self.metrics;
+        let tenant = self.tenants.entry(id).or_insert_with(|| Tenant {
+            entry: Arc::new(TenantEntry {
+                id,
+                metrics: metrics.tenant(&name),
+                name,
+                memory: Arc::new(TenantMemory::new()),
+            }),
+            waited: Default::default(),
+        });
+        tenant.entry.memory.set_limit(spec.memory_limit);
+        let limit = spec.memory_limit.map(insula_types::Bytes::get);
+        tenant.entry.metrics.set_memory_limit(limit);
+        Ok(())
+    }
+
+    fn drop_tenant(&mut self, id: TenantId) {
+        self.services
+            .retain(|_, service| service.entry.tenant.id != id);
+        self.pool.remove_tenant(id);
+        if let Some(tenant) = self.tenants.remove(&id) {
+            self.metrics.remove_tenant(&tenant.entry.name);
+        }
+    }
+
+    fn drop_service(&mut self, id: ServiceId) {
+        if let Some(service) = self.services.remove(&id) {
+            let entry = service.entry;
+            self.metrics.remove_service(&entry.tenant.name, &entry.name);
+            self.pool.cancel_service(id);
+        }
+    }
+
+    fn set_service(&mut self, intent: ServiceIntent) -> Result<(), Refusal> {
+        let tenant = self.tenants.get(&intent.tenant);
+        let tenant = Arc::clone(&tenant.ok_or(Refusal::UnknownTenant(intent.tenant))?.entry);
+        let active = match intent.active {
+            Some(version) => Some(self.activate(version)?),
+            None => None,
+        };
+        let stats = match self.services.get(&intent.id) {
+            Some(service) => Arc::clone(&service.entry.stats),
+            None => {
+                let hub = Arc::clone(&self.logs);
+                let log = ServiceLog::new(intent.id, hub, Arc::clone(&tenant.metrics));
+                Arc::new(ServiceStats::new(self.metrics.clone(), Arc::new(log)))
+            }
+        };
+        let entry = ServiceEntry {
+            id: intent.id,
+            name: intent.name,
+            tenant,
+            limits: intent.spec.limits.min(self.config.ceiling),
+            env: intent.spec.env.into_iter().collect(),
+            usage_header: intent.spec.usage_header,
+            active,
+            stats,
+        };
+        let service = Service {
+            entry: Arc::new(entry),
+            routes: intent.spec.routes,
+        };
+        self.services.insert(intent.id, service);
+        Ok(())
+    }
+
+    fn activate(&mut self, version: ActiveVersion) -> Result<Active, Refusal> {
+        let digest = version.digest;
+        let program = match (self.programs.get(&digest), version.artefact) {
+            (Some(program), _) => program.clone(),
+            (None, None) => return Err(Refusal::ArtefactMissing(digest)),
+            (None, Some(mut file)) => {
+                let refused = |reason: String| Refusal::ArtefactRefused { digest, reason };
+                let mut sealed = Vec::new();
+                file.read_to_end(&mut sealed)
+                    .map_err(|error| refused(error.to_string()))?;
+                let key = &self.config.artefact_key;
+                let program = self
+                    .engine
+                    .load(key, &digest, &self.compat, &sealed)
+                    .map_err(|error| refused(error.to_string()))?;
+                self.programs.insert(digest, program.clone());
+                program
+            }
+        };
+        Ok(Active {
+            number: version.number,
+            digest,
+            program,
+        })
+    }
+
+    fn collect(&mut self) -> Collected {
+        for (id, tenant) in &mut self.tenants {
+            let metrics = &tenant.entry.metrics;
+            metrics.set_memory_bytes(Kind::Wasm, tenant.entry.memory.used_bytes());
+            if let Some((waited, throttled)) = self.pool.waited(*id) {
+                let (waited_before, throttled_before) = tenant.waited;
+                metrics.add_cpu_wait_ns(Kind::Wasm, ns(waited.saturating_sub(waited_before)));
+                let held = throttled.saturating_sub(throttled_before);
+                metrics.add_cpu_throttled_ns(Kind::Wasm, ns(held));
+                tenant.waited = (waited, throttled);
+            }
+        }
+        self.metrics.raise_host_cpu_ns_to(self.pool.host_cpu_ns());
+        let services = self.services.values();
+        Collected {
+            usage: services
+                .filter_map(|service| service.entry.take_usage())
+                .collect(),
+            metrics: self.metrics.expose(),
+        }
+    }
+
+    async fn drain(&self, deadline: Duration) {
+        self.phase.send_replace(Phase::Draining);
+        self.pool.wake_all();
+        let until = Instant::now() + deadline;
+        while self.busy() && Instant::now() < until {
+            tokio::time::sleep(DRAIN_POLL).await;
+        }
+        self.pool.cancel_all();
+        // Cancelled requests still send their last bytes and write their records.
+        let until = Instant::now() + DRAIN_GRACE;
+        while self.busy() && Instant::now() < until {
+            tokio::time::sleep(DRAIN_POLL).await;
+        }
+        let left = self.ingress.connections();
+        let cpu_seconds = process_cpu_ns() / 1_000_000_000;
+        tracing::info!(left, cpu_seconds, "drained");
+    }
+
+    fn busy(&self) -> bool {
+        self.pool.jobs() > 0 || self.ingress.connections() > 0
+    }
+}
+
+const DRAIN_POLL: Duration = Duration::from_millis(5);
+const DRAIN_GRACE: Duration = Duration::from_millis(500);
+
+fn ns(duration: Duration) -> u64 {
+    u64::try_from(duration.as_nanos()).unwrap_or(u64::MAX)
+}

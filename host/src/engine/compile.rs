@@ -1,0 +1,146 @@
+//! The child process that compiles one component.
+//!
+//! Reads the component from standard input, writes the raw artefact to standard output and exits
+//! with 0; or writes one line of JSON, `{"code":…,"detail":…}`, to standard error and exits with
+//! [`REFUSED`]. Anything else (a signal, another code) means that a limit ended it. It limits its
+//! own address space and CPU time before it reads the first byte.
+
+use std::io::{Read, Write};
+use std::process::ExitCode;
+
+use insula_types::quantity::Bytes;
+use rustix::process::{Resource, Rlimit, setrlimit};
+use wasmtime::component::Component;
+
+use super::config::{COMPILE_CPU, COMPILE_MEMORY, Engine};
+use super::scan::{ScanError, scan};
+use crate::config::COMPONENT_MAX;
+
+/// The exit code of the child when the component is at fault.
+pub const REFUSED: u8 = 3;
+
+/// Why a component was refused, as the child reports it.
+struct Refusal {
+    code: &'static str,
+    detail: String,
+}
+
+impl From<ScanError> for Refusal {
+    fn from(error: ScanError) -> Self {
+        let code = match error {
+            ScanError::TooComplex { .. } => "too_complex",
+            _ => "invalid_component",
+        };
+        Self {
+            code,
+            detail: error.to_string(),
+        }
+    }
+}
+
+/// The whole life of the compiler child.
+#[must_use]
+pub fn compile_child_main() -> ExitCode {
+    if let Err(error) = limit_self() {
+        return fail(&format!("cannot limit the compiler: {error}"));
+    }
+    let mut component = Vec::new();
+    let input = std::io::stdin().lock();
+    if let Err(error) = input
+        .take(COMPONENT_MAX.get() + 1)
+        .read_to_end(&mut component)
+    {
+        return fail(&format!("cannot read the component: {error}"));
+    }
+    match compile(&component) {
+        Ok(artefact) => match std::io::stdout().lock().write_all(&artefact) {
+            Ok(()) => ExitCode::SUCCESS,
+            Err(error) => fail(&format!("cannot write the artefact: {error}")),
+        },
+        Err(refusal) => {
+            let report = serde_json::json!({"code": refusal.code, "detail": refusal.detail});
+            // Nobody listens any more if this fails; the exit code still tells.
+            let _ = writeln!(std::io::stderr(), "{report}");
+            ExitCode::from(REFUSED)
+        }
+    }
+}
+
+fn fail(message: &str) -> ExitCode {
+    let _ = writeln!(std::io::stderr(), "{message}");
+    ExitCode::FAILURE
+}
+
+fn limit_self() -> rustix::io::Result<()> {
+    let hard = |limit| Rlimit {
+        current: Some(limit),
+        maximum: Some(limit),
+    };
+    setrlimit(Resource::As, hard(COMPILE_MEMORY.get()))?;
+    setrlimit(Resource::Cpu, hard(COMPILE_CPU.as_secs()))?;
+    setrlimit(Resource::Core, hard(0))?;
+    setrlimit(Resource::Nproc, hard(COMPILE_THREADS)).or_else(|error| {
+        // Root is not bound by it; for others a failure is no reason to refuse work.
+        if error == rustix::io::Errno::INVAL {
+            Ok(())
+        } else {
+            Err(error)
+        }
+    })
+}
+
+/// Threads of the compiler's user. Counted over all processes of that user, hence generous.
+const COMPILE_THREADS: u64 = 4_096;
+
+fn compile(bytes: &[u8]) -> Result<Vec<u8>, Refusal> {
+    let refuse = |code: &'static str| {
+        move |error: wasmtime::Error| Refusal {
+            code,
+            detail: format!("{error:#}"),
+        }
+    };
+    if bytes.len() as u64 > COMPONENT_MAX.get() {
+        return Err(Refusal {
+            code: "too_large",
+            detail: format!("larger than {} bytes", Bytes::get(COMPONENT_MAX)),
+        });
+    }
+    scan(bytes)?;
+    let engine = Engine::compiler().map_err(|error| Refusal {
+        code: "host_error",
+        detail: error.to_string(),
+    })?;
+    let component = Component::new(&engine.inner, bytes).map_err(refuse("invalid_component"))?;
+    exports_handler(&engine, &component)?;
+    engine
+        .link(&component)
+        .map_err(refuse("unsupported_import"))?;
+    component.serialize().map_err(refuse("invalid_component"))
+}
+
+/// The component must export `wasi:http/incoming-handler@0.2.x`.
+fn exports_handler(engine: &Engine, component: &Component) -> Result<(), Refusal> {
+    let ty = component.component_type();
+    let names: Vec<String> = ty
+        .exports(&engine.inner)
+        .map(|(name, _)| name.to_owned())
+        .take(16)
+        .collect();
+    if names
+        .iter()
+        .any(|name| name.starts_with("wasi:http/incoming-handler@0.2."))
+    {
+        return Ok(());
+    }
+    let found = if names.is_empty() {
+        "nothing".to_owned()
+    } else {
+        names.join(", ")
+    };
+    Err(Refusal {
+        code: "wrong_world",
+        detail: format!(
+            "a service exports wasi:http/incoming-handler@0.2.x; this component exports {found}"
+        ),
+    })
+}

@@ -1,0 +1,157 @@
+//! What belongs to one instance.
+
+use std::time::Instant;
+
+use http::HeaderName;
+use http::uri::Scheme;
+use wasmtime::component::{ComponentType, Linker, Lower, ResourceTable};
+use wasmtime::{AsContext, Result, StoreContextMut};
+use wasmtime_wasi::{WasiCtx, WasiCtxView, WasiView};
+use wasmtime_wasi_http::{
+    DEFAULT_FORBIDDEN_HEADERS, RequestOptions, WasiBody, WasiHttpCtx, WasiHttpCtxView,
+    WasiHttpHooks, WasiHttpView,
+};
+
+use super::config::caps;
+use super::guest_log::GuestLog;
+use super::memory::MemoryMeter;
+
+/// The data of a store: never shared, never reused.
+pub(super) struct Guest {
+    table: ResourceTable,
+    wasi: WasiCtx,
+    http: WasiHttpCtx,
+    hooks: Hooks,
+    pub(super) memory: MemoryMeter,
+    /// The fuel that the request began with.
+    fuel: u64,
+}
+
+impl Guest {
+    pub(super) fn new(
+        memory: MemoryMeter,
+        fuel: u64,
+        env: &[(String, String)],
+        log: &GuestLog,
+    ) -> Self {
+        let mut table = ResourceTable::new();
+        table.set_max_capacity(caps::RESOURCES);
+        let mut http = WasiHttpCtx::new();
+        http.set_field_size_limit(caps::FIELD_BYTES);
+        let wasi = WasiCtx::builder()
+            .envs(env)
+            .stdout(log.stdout())
+            .stderr(log.stderr())
+            .max_random_size(caps::RANDOM_BYTES)
+            .allow_tcp(false)
+            .allow_udp(false)
+            .allow_ip_name_lookup(false)
+            .build();
+        Self {
+            table,
+            wasi,
+            http,
+            hooks: Hooks,
+            memory,
+            fuel,
+        }
+    }
+
+    /// The fuel that the request began with.
+    pub(super) const fn fuel_granted(&self) -> u64 {
+        self.fuel
+    }
+
+    /// Byte-milliseconds of memory until `now`.
+    pub(super) fn memory_byte_ms(&mut self, now: Instant) -> u64 {
+        self.memory.byte_ms(now)
+    }
+}
+
+impl WasiView for Guest {
+    fn ctx(&mut self) -> WasiCtxView<'_> {
+        WasiCtxView {
+            ctx: &mut self.wasi,
+            table: &mut self.table,
+        }
+    }
+}
+
+impl WasiHttpView for Guest {
+    fn http(&mut self) -> WasiHttpCtxView<'_> {
+        WasiHttpCtxView {
+            ctx: &mut self.http,
+            table: &mut self.table,
+            hooks: &mut self.hooks,
+        }
+    }
+}
+
+/// What `wasi:http` may do for a guest.
+struct Hooks;
+
+/// The result of an outgoing request: the answer, and the transfer of its body.
+type Sent = std::result::Result<
+    (
+        http::Response<WasiBody>,
+        Box<dyn Future<Output = Transfer> + Send>,
+    ),
+    wasmtime_wasi_http::Error,
+>;
+type Transfer = std::result::Result<(), wasmtime_wasi_http::Error>;
+
+impl WasiHttpHooks for Hooks {
+    fn is_forbidden_header(&mut self, name: &HeaderName) -> bool {
+        DEFAULT_FORBIDDEN_HEADERS.contains(name)
+    }
+
+    fn is_supported_scheme(&mut self, _scheme: &Scheme) -> bool {
+        false
+    }
+
+    /// No guest has outbound HTTP: wasi-http's own sender would reach any address.
+    fn send_request(
+        &mut self,
+        _request: http::Request<WasiBody>,
+        _options: Option<RequestOptions>,
+        _transfer: Box<dyn Future<Output = Transfer> + Send>,
+    ) -> Box<dyn Future<Output = Sent> + Send> {
+        Box::new(async { Err(wasmtime_wasi_http::Error::HttpRequestDenied) })
+    }
+
+    /// A guest can be this far ahead of a slow client: 16 chunks of at most 64 KiB.
+    fn p2_outgoing_body_buffer_chunks(&mut self) -> usize {
+        16
+    }
+
+    fn p2_outgoing_body_chunk_size(&mut self) -> usize {
+        64 << 10
+    }
+}
+
+/// `insula:guest/usage.usage`: what this request has used so far.
+#[derive(ComponentType, Lower)]
+#[component(record)]
+struct Usage {
+    fuel: u64,
+    #[component(name = "memory-bytes")]
+    memory_bytes: u64,
+}
+
+/// Defines everything that a guest can import.
+pub(super) fn link(linker: &mut Linker<Guest>) -> Result<()> {
+    wasmtime_wasi::p2::add_to_linker_async(linker)?;
+    wasmtime_wasi_http::p2::add_only_http_to_linker_async(linker)?;
+    linker.instance("insula:guest/usage@0.1.0")?.func_wrap(
+        "get",
+        |store: StoreContextMut<'_, Guest>, (): ()| {
+            let left = store.as_context().get_fuel()?;
+            let guest = store.data();
+            Ok((Usage {
+                fuel: guest.fuel_granted().saturating_sub(left),
+                memory_bytes: guest.memory.used_bytes(),
+            },))
+        },
+    )?;
+    Ok(())
+}

@@ -1,0 +1,33 @@
+//! The engine: the only place that names wasmtime.
+//!
+//! ```text
+//!  control ── component ──▶ child process: scan ▸ validate ▸ link ▸ compile ──▶ raw artefact
+//!          ── seal (MAC) ──▶ file
+//!  data    ── file ──▶ open (MAC) ▸ load ──▶ Program ── run(request) ──▶ one instance ──▶ Verdict
+//! ```
+//!
+//! * [`config`]: the one wasmtime configuration, and what it means for a stored artefact
+//! * [`scan`]: what a component may contain at most, checked before the compiler sees it
+//! * [`compile`]: the child process that compiles one component
+//! * [`artefact`]: sealing and opening of compiled code
+//! * `load`: the unsafe island that maps compiled code that was opened
+//! * `guest`: what belongs to one instance: its WASI context, tables and memory meter
+//! * [`run`]: one request, from instantiation to the verdict
+//!
+//! *Invariant:* nothing reaches `load` that [`artefact::open`] did not authenticate.
+
+pub mod artefact;
+pub mod compile;
+pub mod config;
+mod guest;
+mod guest_log;
+mod load;
+mod memory;
+pub mod run;
+pub mod scan;
+
+pub use compile::compile_child_main;
+pub use config::{Engine, EngineError, EngineLimits, compatibility};
+pub use guest_log::{GuestLog, LogLine};
+pub use load::{LoadError, Program};
+pub use memory::TenantMemory;

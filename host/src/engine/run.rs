@@ -1,0 +1,204 @@
+//! One request in one fresh instance.
+//!
+//! [`run`] is a plain future: whoever polls it decides when and on which thread the guest runs,
+//! and measures it. It returns `Pending` when the guest waits for input or output, and also
+//! after every [`QUANTUM_FUEL`] units, having woken itself.
+//!
+//! Whatever the ending (done, trap, or the future dropped half-way), what the instance used is in
+//! the [`Ledger`] once the future is gone.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+
+use bytes::Bytes;
+use http_body::Body;
+use insula_types::Outcome;
+use insula_types::quantity::{Bytes as ByteQuantity, Fuel};
+use wasmtime::{PoolConcurrencyLimitError, Store, Trap};
+use wasmtime_wasi_http::WasiHttpView;
+use wasmtime_wasi_http::p2::bindings::http::types::{ErrorCode, Scheme};
+use wasmtime_wasi_http::p2::body::HyperOutgoingBody;
+
+use super::config::{QUANTUM_FUEL, caps};
+use super::guest::Guest;
+use super::guest_log::GuestLog;
+use super::load::Program;
+use super::memory::{MemoryMeter, TenantMemory};
+
+/// The body of a guest's answer.
+pub type ResponseBody = HyperOutgoingBody;
+/// What can go wrong in a body.
+pub type BodyError = wasmtime_wasi_http::Error;
+/// The answer's head and body, or the guest's word that it has none.
+pub type Head = Result<http::Response<ResponseBody>, String>;
+
+/// What one instance may use.
+#[derive(Debug, Clone, Copy)]
+pub struct Grant {
+    /// Fuel for instantiation and handler together.
+    pub fuel: Fuel,
+    /// Memory of all its linear memories and tables.
+    pub memory: ByteQuantity,
+}
+
+/// What one instance used; complete when its future is gone.
+#[derive(Debug, Default)]
+pub struct Ledger {
+    /// Fuel consumed. After a trap it is rounded up by one quantum: what the guest burned since
+    /// its last yield is not known then.
+    pub fuel: AtomicU64,
+    /// Most bytes of memory at once.
+    pub memory_peak: AtomicU64,
+    /// Integral of memory over time, in byte-milliseconds.
+    pub memory_byte_ms: AtomicU64,
+}
+
+/// How the guest ended.
+#[derive(Debug)]
+pub struct Verdict {
+    /// In the words of metrics and problems.
+    pub outcome: Outcome,
+    /// For the service's log: what happened. Never shown to a client.
+    pub detail: Option<String>,
+}
+
+/// Everything that one run needs.
+pub struct Invocation<B, H, S, E> {
+    /// What runs.
+    pub program: Program,
+    /// The request; its body is read when the guest reads it.
+    pub request: http::Request<B>,
+    /// What it may use.
+    pub grant: Grant,
+    /// Its tenant's memory.
+    pub tenant_memory: Arc<TenantMemory>,
+    /// Its environment.
+    pub env: Arc<[(String, String)]>,
+    /// Its log.
+    pub log: GuestLog,
+    /// Gets the head of the answer when the guest sets it; dropped uncalled when it never does.
+    pub on_head: H,
+    /// Gets the time from the beginning to the entry of the guest's handler.
+    pub on_start: S,
+    /// Gets the verdict while the instance is still there: before its side of the response body
+    /// is dropped.
+    pub on_end: E,
+    /// Where the use is written down.
+    pub ledger: Arc<Ledger>,
+}
+
+impl<B, H, S, E> std::fmt::Debug for Invocation<B, H, S, E> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Invocation")
+            .field("grant", &self.grant)
+            .finish_non_exhaustive()
+    }
+}
+
+/// A store that writes down what was used when it goes, whichever way it goes.
+struct Metered {
+    store: Store<Guest>,
+    ledger: Arc<Ledger>,
+    trapped: bool,
+}
+
+impl Drop for Metered {
+    fn drop(&mut self) {
+        let granted = self.store.data().fuel_granted();
+        let left = self.store.get_fuel().unwrap_or(0);
+        let mut fuel = granted.saturating_sub(left);
+        if self.trapped {
+            fuel = fuel.saturating_add(QUANTUM_FUEL).min(granted);
+        }
+        let guest = self.store.data_mut();
+        let byte_ms = guest.memory_byte_ms(Instant::now());
+        self.ledger.fuel.store(fuel, Ordering::Relaxed);
+        self.ledger
+            .memory_peak
+            .store(guest.memory.peak_bytes(), Ordering::Relaxed);
+        self.ledger.memory_byte_ms.store(byte_ms, Ordering::Relaxed);
+    }
+}
+
+/// Runs one request in a fresh instance. When it is over, so is the instance, and the ledger is
+/// complete.
+pub async fn run<B, H, S, E>(invocation: Invocation<B, H, S, E>)
+where
+    B: Body<Data = Bytes> + Send + 'static,
+    B::Error: Into<BodyError>,
+    H: FnOnce(Head) + Send + Sync + 'static,
+    S: FnOnce(Duration) + Send,
+    E: FnOnce(&Verdict) + Send,
+{
+    let began = Instant::now();
+    let memory = MemoryMeter::new(invocation.tenant_memory, invocation.grant.memory, began);
+    let fuel = invocation.grant.fuel.get();
+    let guest = Guest::new(memory, fuel, &invocation.env, &invocation.log);
+    let mut store = Store::new(invocation.program.pre.engine(), guest);
+    store.limiter(|guest| &mut guest.memory);
+    store.set_max_component_handles(caps::HANDLES);
+    store.set_hostcall_fuel(caps::HOST_CALL_BYTES);
+    let armed = store
+        .set_fuel(fuel)
+        .and_then(|()| store.fuel_async_yield_interval(Some(QUANTUM_FUEL)));
+    let mut metered = Metered {
+        store,
+        ledger: invocation.ledger,
+        trapped: false,
+    };
+    let call = async {
+        armed?;
+        let store = &mut metered.store;
+        let on_head = invocation.on_head;
+        let mut http = store.data_mut().http();
+        let request = http.new_incoming_request(Scheme::Http, invocation.request)?;
+        let out = http.new_response_outparam_from_callback(move |head| {
+            on_head(head.map_err(|code: ErrorCode| format!("{code:?}")));
+        })?;
+        let proxy = invocation
+            .program
+            .pre
+            .instantiate_async(&mut *store)
+            .await?;
+        (invocation.on_start)(began.elapsed());
+        proxy
+            .wasi_http_incoming_handler()
+            .call_handle(store, request, out)
+            .await
+    };
+    let verdict = match call.await {
+        Ok(()) => Verdict {
+            outcome: Outcome::Ok,
+            detail: None,
+        },
+        Err(error) => {
+            metered.trapped = true;
+            classify(&error, metered.store.data().memory.refused())
+        }
+    };
+    (invocation.on_end)(&verdict);
+}
+
+/// One error of the engine in the words of metrics and problems.
+fn classify(error: &wasmtime::Error, memory_refused: bool) -> Verdict {
+    let outcome = if error.is::<PoolConcurrencyLimitError>() {
+        Outcome::HostOverloaded
+    } else if matches!(error.downcast_ref::<Trap>(), Some(Trap::OutOfFuel)) {
+        Outcome::OutOfFuel
+    } else if memory_refused {
+        Outcome::OutOfMemory
+    } else {
+        Outcome::Trap
+    };
+    // `{:#}` would print a context per host frame; the root says what happened.
+    let mut detail = error.root_cause().to_string();
+    detail.truncate(detail.floor_char_boundary(DETAIL_MAX_BYTES));
+    Verdict {
+        outcome,
+        detail: Some(detail),
+    }
+}
+
+/// Longest text kept of an error: parts of it can come from the guest.
+const DETAIL_MAX_BYTES: usize = 512;

@@ -1,0 +1,185 @@
+//! Connections: accepted, bounded, watched, drained.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::Duration;
+
+use arc_swap::ArcSwap;
+use hyper::service::service_fn;
+use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
+use hyper_util::server::conn::auto;
+use insula_metrics::{DataMetrics, ShedReason};
+use insula_scheduler::WorkerId;
+use insula_types::Outcome;
+use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::watch;
+
+use super::handle::{Origin, handle};
+use super::routes::RouteTable;
+use crate::pool::Pool;
+use crate::pool::worker::Phase;
+
+/// Connections that a host holds at once.
+const CONNECTIONS_MAX: usize = 20_000;
+/// Pause after the kernel refused a connection for want of descriptors or memory.
+const ACCEPT_PAUSE: Duration = Duration::from_millis(20);
+/// Buffer of an HTTP/1.1 head.
+const HEAD_BUFFER: usize = 32 << 10;
+/// Fields of one head.
+const HEADERS_MAX: usize = 64;
+/// Streams of one HTTP/2 connection.
+const H2_STREAMS: u32 = 100;
+/// Resets that an HTTP/2 client may have waiting, and errors that it may provoke.
+const H2_PENDING_RESETS: usize = 20;
+const H2_LOCAL_RESETS: usize = 64;
+/// Header list of one HTTP/2 request.
+const H2_HEADER_LIST: u32 = 16 << 10;
+/// How often an idle HTTP/2 connection is asked whether it is there, and how long it may take.
+const H2_PING: Duration = Duration::from_secs(30);
+const H2_PONG: Duration = Duration::from_secs(15);
+
+/// The ingress of all workers.
+pub struct Ingress {
+    pub(super) routes: ArcSwap<RouteTable>,
+    pub(super) pool: Arc<Pool>,
+    pub(super) metrics: DataMetrics,
+    connections: AtomicUsize,
+}
+
+impl std::fmt::Debug for Ingress {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Ingress").finish_non_exhaustive()
+    }
+}
+
+/// Counts one connection for as long as it lives.
+struct Place(Arc<Ingress>);
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        self.0.connections.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
+impl Ingress {
+    /// An ingress with an empty route table.
+    #[must_use]
+    pub fn new(pool: Arc<Pool>, metrics: DataMetrics) -> Arc<Self> {
+        Arc::new(Self {
+            routes: ArcSwap::default(),
+            pool,
+            metrics,
+            connections: AtomicUsize::new(0),
+        })
+    }
+
+    /// Replaces the route table.
+    pub fn swap_routes(&self, table: RouteTable) {
+        self.routes.store(Arc::new(table));
+    }
+
+    /// Connections now.
+    pub fn connections(&self) -> usize {
+        self.connections.load(Ordering::Relaxed)
+    }
+
+    /// Accepts until the phase changes. Runs on a worker's own runtime.
+    pub async fn accept(
+        self: Arc<Self>,
+        listener: std::net::TcpListener,
+        worker: WorkerId,
+        mut phase: watch::Receiver<Phase>,
+    ) {
+        let listener = match TcpListener::from_std(listener) {
+            Ok(listener) => listener,
+            Err(error) => {
+                tracing::error!(%error, "a worker cannot use its listener");
+                return;
+            }
+        };
+        loop {
+            // Accepting is cancel-safe: a connection is either taken or still in the backlog.
+            let accepted = tokio::select! {
+                accepted = listener.accept() => accepted,
+                _ = phase.changed() => return,
+            };
+            match accepted {
+                Ok((stream, client)) => self.welcome(stream, Origin { client, worker }, &phase),
+                Err(error) => {
+                    tracing::warn!(%error, "a connection could not be accepted");
+                    tokio::time::sleep(ACCEPT_PAUSE).await;
+                }
+            }
+        }
+    }
+
+    fn welcome(
+        self: &Arc<Self>,
+        stream: TcpStream,
+        origin: Origin,
+        phase: &watch::Receiver<Phase>,
+    ) {
+        if self.connections.fetch_add(1, Ordering::Relaxed) >= CONNECTIONS_MAX {
+            self.connections.fetch_sub(1, Ordering::Relaxed);
+            let nobody = self.metrics.unrouted();
+            nobody.shed(ShedReason::Connections);
+            nobody.request_ended(Outcome::HostOverloaded);
+            return;
+        }
+        let place = Place(Arc::clone(self));
+        // A failure costs latency only.
+        let _ = stream.set_nodelay(true);
+        let phase = phase.clone();
+        // Ends with its runtime at the latest; counted by its place.
+        tokio::spawn(async move {
+            let ingress = Arc::clone(&place.0);
+            ingress.serve(stream, origin, phase).await;
+            drop(place);
+        });
+    }
+
+    async fn serve(
+        self: Arc<Self>,
+        stream: TcpStream,
+        origin: Origin,
+        mut phase: watch::Receiver<Phase>,
+    ) {
+        let service = service_fn(|request| {
+            let ingress = Arc::clone(&self);
+            async move { Ok::<_, std::convert::Infallible>(handle(ingress, origin, request).await) }
+        });
+        let builder = protocol();
+        let mut connection =
+            std::pin::pin!(builder.serve_connection(TokioIo::new(stream), service));
+        let result = tokio::select! {
+            result = connection.as_mut() => result,
+            _ = phase.changed() => {
+                connection.as_mut().graceful_shutdown();
+                connection.as_mut().await
+            }
+        };
+        if let Err(error) = result {
+            tracing::trace!(error, client = %origin.client, "connection ended");
+        }
+    }
+}
+
+fn protocol() -> auto::Builder<TokioExecutor> {
+    let mut builder = auto::Builder::new(TokioExecutor::new());
+    builder
+        .http1()
+        .header_read_timeout(None)
+        .max_buf_size(HEAD_BUFFER)
+        .max_headers(HEADERS_MAX)
+        .half_close(false);
+    builder
+        .http2()
+        .timer(TokioTimer::new())
+        .max_concurrent_streams(H2_STREAMS)
+        .max_pending_accept_reset_streams(H2_PENDING_RESETS)
+        .max_local_error_reset_streams(H2_LOCAL_RESETS)
+        .max_header_list_size(H2_HEADER_LIST)
+        .keep_alive_interval(H2_PING)
+        .keep_alive_timeout(H2_PONG);
+    builder
+}

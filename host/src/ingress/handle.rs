@@ -1,0 +1,422 @@
+//! One request, from its head to the head of its answer.
+
+use std::borrow::Cow;
+use std::net::SocketAddr;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::task::Poll;
+use std::time::{Duration, Instant};
+
+use bytes::{Bytes, BytesMut};
+use http::header::{CONTENT_LENGTH, HOST, HeaderValue, TRAILER};
+use http::{Method, Request, Response, StatusCode, Version};
+use http_body::{Body, Frame};
+use hyper::body::Incoming;
+use insula_metrics::{InstanceState, ShedReason};
+use insula_scheduler::WorkerId;
+use insula_types::Outcome;
+use tokio::sync::oneshot;
+
+use super::Ingress;
+use super::body::{Hold, OutBody, RequestBody};
+use super::headers::{self, INSULA_USAGE};
+use super::problem;
+use super::routes::canonical_host;
+use crate::engine::run::{Grant, Head, Invocation, ResponseBody, Verdict, run};
+use crate::engine::{GuestLog, Program};
+use crate::pool::dispatcher::Shed;
+use crate::pool::entries::{Active, ServiceEntry};
+use crate::pool::exchange::{Answer, Exchange, Waiting};
+
+/// A body that is complete by now and no longer than this goes out in one piece.
+const WHOLE_MAX_BYTES: usize = 64 << 10;
+/// How long an answer with `insula-usage` waits for its guest's end, to have it in the head.
+const USAGE_WAIT: Duration = Duration::from_millis(50);
+
+/// Where a request came from.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Origin {
+    pub(super) client: SocketAddr,
+    pub(super) worker: WorkerId,
+}
+
+/// Answers one request, whatever it is.
+pub(super) async fn handle(
+    ingress: Arc<Ingress>,
+    origin: Origin,
+    request: Request<Incoming>,
+) -> Response<OutBody> {
+    let began = Instant::now();
+    let request_id = headers::new_request_id();
+    let host = match authority(&request) {
+        Ok(host) => host.into_owned(),
+        Err(message) => {
+            ingress
+                .metrics
+                .unrouted()
+                .request_ended(Outcome::BadRequest);
+            let status = StatusCode::BAD_REQUEST;
+            return own(problem::detailed(
+                status,
+                Outcome::BadRequest,
+                message,
+                &request_id,
+            ));
+        }
+    };
+    let routes = ingress.routes.load();
+    let Some(service) = routes.find(&host, request.uri().path()).cloned() else {
+        ingress.metrics.unrouted().request_ended(Outcome::NotFound);
+        return own(problem::problem(Outcome::NotFound, &request_id));
+    };
+    drop(routes);
+    let Some(active) = service.active.clone() else {
+        return refuse(&service, Outcome::NotFound, began, &request_id);
+    };
+    if declared_length(&request) > service.limits.request_body.get() {
+        service.record_refusal(Outcome::BadRequest, began.elapsed());
+        return own(too_large(&service, &request_id));
+    }
+    let wants_body = *request.method() != Method::HEAD;
+    let (exchange, waiting) = Exchange::new(Arc::clone(&service), request_id, began);
+    exchange
+        .bytes_in
+        .store(headers::head_bytes(request.headers()), Ordering::Relaxed);
+    let request = for_guest(request, &exchange, origin, &host);
+    let deadline = began + Duration::from(service.limits.timeout);
+    let work = Box::pin(work(active, Arc::clone(&exchange), request));
+    let submitted = ingress
+        .pool
+        .submit(origin.worker, Arc::clone(&exchange), deadline, work);
+    match submitted {
+        Ok(key) => {
+            let hold = Hold::new(Arc::clone(&ingress.pool), key, exchange);
+            answer(hold, waiting, wants_body).await
+        }
+        Err(shed) => {
+            let (outcome, reason) = blame(shed);
+            service.tenant.metrics.shed(reason);
+            exchange.settle(outcome);
+            own(problem::problem(outcome, &exchange.request_id))
+        }
+    }
+}
+
+/// Whose fault a refusal is, and the reason that is counted.
+const fn blame(shed: Shed) -> (Outcome, ShedReason) {
+    match shed {
+        Shed::TenantFull { waiting: 0, .. } => (Outcome::TenantOverloaded, ShedReason::InFlight),
+        Shed::TenantFull { .. } => (Outcome::TenantOverloaded, ShedReason::QueueFull),
+        Shed::TenantRate { .. } => (Outcome::TenantOverloaded, ShedReason::Rate),
+        Shed::HostFull { .. } => (Outcome::HostOverloaded, ShedReason::HostMemory),
+        Shed::TenantGone => (Outcome::NotFound, ShedReason::Draining),
+    }
+}
+
+fn own(response: Response<Bytes>) -> Response<OutBody> {
+    response.map(OutBody::host)
+}
+
+fn refuse(
+    service: &ServiceEntry,
+    outcome: Outcome,
+    began: Instant,
+    request_id: &str,
+) -> Response<OutBody> {
+    service.record_refusal(outcome, began.elapsed());
+    own(problem::problem(outcome, request_id))
+}
+
+fn too_large(service: &ServiceEntry, request_id: &str) -> Response<Bytes> {
+    let limit = service.limits.request_body.get();
+    let title = format!("The request body is larger than {limit} bytes");
+    problem::detailed(
+        StatusCode::PAYLOAD_TOO_LARGE,
+        Outcome::BadRequest,
+        &title,
+        request_id,
+    )
+}
+
+/// The one authority of a request, canonical. HTTP/1.1 has it in `Host` (RFC 9112, 3.2), HTTP/2 in
+/// `:authority` (RFC 9113, 8.3.1); where there are two, they must agree.
+fn authority(request: &Request<Incoming>) -> Result<Cow<'_, str>, &'static str> {
+    let mut hosts = request.headers().get_all(HOST).iter();
+    let host = hosts.next();
+    if hosts.next().is_some() {
+        return Err("The request has more than one Host");
+    }
+    let host = match host {
+        Some(host) => {
+            let text = host.to_str().map_err(|_| "Host is not a host name")?;
+            Some(canonical_host(text).ok_or("Host is not a host name")?)
+        }
+        None => None,
+    };
+    let target = match request.uri().authority() {
+        Some(authority) => {
+            Some(canonical_host(authority.as_str()).ok_or("the authority is not a host name")?)
+        }
+        None => None,
+    };
+    match (host, target) {
+        (Some(host), Some(target)) if host != target => Err("Host and the request target differ"),
+        (None, Some(_)) if request.version() == Version::HTTP_11 => Err("The request has no Host"),
+        (Some(host), _) | (None, Some(host)) => Ok(host),
+        (None, None) => Err("The request has no Host"),
+    }
+}
+
+fn declared_length(request: &Request<Incoming>) -> u64 {
+    let length = request.headers().get(CONTENT_LENGTH);
+    let parsed = length.and_then(|value| value.to_str().ok()?.parse().ok());
+    parsed.unwrap_or(0)
+}
+
+fn for_guest(
+    request: Request<Incoming>,
+    exchange: &Arc<Exchange>,
+    origin: Origin,
+    host: &str,
+) -> Request<RequestBody> {
+    let (mut parts, body) = request.into_parts();
+    headers::prepare_request(
+        &mut parts.headers,
+        &exchange.request_id,
+        origin.client.ip(),
+        host,
+    );
+    if parts.uri.authority().is_none() {
+        // What wasi:http calls the authority; HTTP/2 has it in the target already.
+        parts.headers.insert(
+            HOST,
+            HeaderValue::from_str(host).unwrap_or(HeaderValue::from_static("")),
+        );
+    }
+    Request::from_parts(parts, RequestBody::new(body, Arc::clone(exchange)))
+}
+
+/// The guest's part: what the pool polls.
+async fn work(active: Active, exchange: Arc<Exchange>, request: Request<RequestBody>) {
+    let service = Arc::clone(&exchange.service);
+    let metrics = Arc::clone(service.metrics());
+    let mut instance = metrics.instance(InstanceState::Starting);
+    let log = guest_log(&exchange, &active);
+    let program: Program = active.program;
+    let ends = Arc::clone(&exchange);
+    let answers = Arc::clone(&exchange);
+    let host_log = log.clone();
+    run(Invocation {
+        program,
+        request,
+        grant: Grant {
+            fuel: service.limits.fuel,
+            memory: service.limits.memory,
+        },
+        tenant_memory: Arc::clone(&service.tenant.memory),
+        env: Arc::clone(&service.env),
+        log,
+        on_head: move |head| answers.send_head(head),
+        on_start: |took| {
+            metrics.instance_started(took);
+            instance.set(InstanceState::Running);
+        },
+        on_end: move |verdict: &Verdict| {
+            if let Some(detail) = &verdict.detail {
+                host_log.host(&format!("{}: {detail}", verdict.outcome));
+            }
+            ends.settle(verdict.outcome);
+        },
+        ledger: Arc::clone(&exchange.ledger),
+    })
+    .await;
+}
+
+fn guest_log(exchange: &Arc<Exchange>, active: &Active) -> GuestLog {
+    let log = Arc::clone(&exchange.service.stats.log);
+    let (request_id, version) = (exchange.request_id.clone(), active.number);
+    GuestLog::new(move |line| log.line(line, version, &request_id))
+}
+
+/// Waits for the head and turns it into a response.
+async fn answer(hold: Hold, waiting: Waiting, wants_body: bool) -> Response<OutBody> {
+    let Waiting { head, done } = waiting;
+    let (mut parts, body) = match head.await {
+        Ok(Head::Ok(response)) if !response.status().is_informational() => response.into_parts(),
+        Ok(Head::Ok(_)) => return bad_response(hold, "a status below 200"),
+        Ok(Head::Err(error)) => return bad_response(hold, &error),
+        Err(_) => return failed(hold),
+    };
+    headers::prepare_response(&mut parts.headers, &hold.exchange().request_id);
+    let bytes = headers::head_bytes(&parts.headers);
+    hold.exchange()
+        .bytes_out
+        .fetch_add(bytes, Ordering::Relaxed);
+    if !wants_body
+        || matches!(
+            parts.status,
+            StatusCode::NO_CONTENT | StatusCode::NOT_MODIFIED
+        )
+    {
+        drain(hold, body);
+        if parts.status == StatusCode::NO_CONTENT {
+            parts.headers.remove(CONTENT_LENGTH);
+        }
+        return Response::from_parts(parts, OutBody::host(Bytes::new()));
+    }
+    let usage = hold.exchange().service.usage_header;
+    let (gathered, done) = gather(body, done, usage).await;
+    if hold
+        .exchange()
+        .verdict()
+        .is_some_and(|outcome| outcome != Outcome::Ok)
+    {
+        // Nothing was sent yet, so the client can still be told.
+        return failed(hold);
+    }
+    let body = match gathered {
+        Gathered::Whole(bytes) => {
+            if !parts.headers.contains_key(CONTENT_LENGTH) {
+                parts
+                    .headers
+                    .insert(CONTENT_LENGTH, HeaderValue::from(bytes.len()));
+            }
+            if usage {
+                headers::set(&mut parts.headers, INSULA_USAGE, &hold.exchange().usage());
+            }
+            let declared = parts.headers.get(CONTENT_LENGTH).map(HeaderValue::as_bytes);
+            if declared != Some(bytes.len().to_string().as_bytes()) {
+                return bad_response(hold, "a Content-Length that is not that of the body");
+            }
+            OutBody::whole(bytes, hold)
+        }
+        Gathered::Broken => return failed(hold),
+        Gathered::Open(first, rest) => {
+            let done = usage.then_some(done);
+            if usage {
+                parts
+                    .headers
+                    .insert(TRAILER, HeaderValue::from_static("insula-usage"));
+            }
+            OutBody::stream(rest, hold, first, done)
+        }
+    };
+    Response::from_parts(parts, body)
+}
+
+/// The guest gave an answer that is none.
+fn bad_response(mut hold: Hold, why: &str) -> Response<OutBody> {
+    hold.answered(Answer::Broken);
+    let exchange = hold.exchange();
+    tracing::debug!(request_id = exchange.request_id, why, "bad response");
+    own(problem::problem(Outcome::BadResponse, &exchange.request_id))
+}
+
+/// The guest ended without an answer.
+fn failed(mut hold: Hold) -> Response<OutBody> {
+    let exchange = hold.exchange();
+    let outcome = match exchange.verdict() {
+        None | Some(Outcome::Ok) => Outcome::BadResponse,
+        Some(outcome) => outcome,
+    };
+    let response = if outcome == Outcome::BadRequest {
+        too_large(&exchange.service, &exchange.request_id)
+    } else {
+        problem::problem(outcome, &exchange.request_id)
+    };
+    hold.answered(Answer::Broken);
+    own(response)
+}
+
+/// Reads a body that nobody wants, so that its guest can come to its end.
+fn drain(mut hold: Hold, mut body: ResponseBody) {
+    tokio::spawn(async move {
+        while let Some(Ok(_)) = next_frame(&mut body).await {}
+        hold.answered(Answer::Whole);
+    });
+}
+
+async fn next_frame<B: Body + Unpin>(body: &mut B) -> Option<Result<Frame<B::Data>, B::Error>> {
+    std::future::poll_fn(|cx| Pin::new(&mut *body).poll_frame(cx)).await
+}
+
+enum Gathered {
+    /// The whole body.
+    Whole(Bytes),
+    /// It ended in an error before anything was sent.
+    Broken,
+    /// What is there so far; more may come.
+    Open(Vec<Frame<Bytes>>, ResponseBody),
+}
+
+/// Takes what the guest has written by now. A small answer is complete here and needs neither
+/// chunks nor a second write. With `usage`, waits a little for the guest's end as well.
+async fn gather(
+    mut body: ResponseBody,
+    mut done: oneshot::Receiver<()>,
+    usage: bool,
+) -> (Gathered, oneshot::Receiver<()>) {
+    let mut frames: Vec<Frame<Bytes>> = Vec::new();
+    let mut bytes = 0;
+    let mut patience = usage.then(|| Box::pin(tokio::time::sleep(USAGE_WAIT)));
+    let ended = std::future::poll_fn(|cx| {
+        loop {
+            match Pin::new(&mut body).poll_frame(cx) {
+                Poll::Ready(Some(Ok(frame))) => {
+                    bytes += frame.data_ref().map_or(0, Bytes::len);
+                    let more = frame.is_data() && bytes <= WHOLE_MAX_BYTES;
+                    frames.push(frame);
+                    if !more {
+                        return Poll::Ready(Some(false));
+                    }
+                }
+                Poll::Ready(Some(Err(_))) => return Poll::Ready(None),
+                Poll::Ready(None) if !usage => return Poll::Ready(Some(true)),
+                Poll::Ready(None) => {
+                    // The body is whole; its usage is final when the instance is gone.
+                    return match Pin::new(&mut done).poll(cx) {
+                        Poll::Ready(_) => Poll::Ready(Some(true)),
+                        Poll::Pending => wait(&mut patience, cx),
+                    };
+                }
+                Poll::Pending => return wait(&mut patience, cx),
+            }
+        }
+    })
+    .await;
+    let gathered = match ended {
+        None => Gathered::Broken,
+        Some(true) if frames.iter().all(Frame::is_data) => Gathered::Whole(join(frames)),
+        _ => Gathered::Open(frames, body),
+    };
+    (gathered, done)
+}
+
+fn wait(
+    patience: &mut Option<Pin<Box<tokio::time::Sleep>>>,
+    cx: &mut std::task::Context<'_>,
+) -> Poll<Option<bool>> {
+    match patience {
+        None => Poll::Ready(Some(false)),
+        Some(patience) => patience.as_mut().poll(cx).map(|()| Some(false)),
+    }
+}
+
+fn join(frames: Vec<Frame<Bytes>>) -> Bytes {
+    let mut pieces = frames
+        .into_iter()
+        .filter_map(|frame| frame.into_data().ok());
+    let Some(first) = pieces.next() else {
+        return Bytes::new();
+    };
+    let Some(second) = pieces.next() else {
+        return first;
+    };
+    let mut whole = BytesMut::from(first);
+    whole.extend_from_slice(&second);
+    for piece in pieces {
+        whole.extend_from_slice(&piece);
+    }
+    whole.freeze()
+}

@@ -1,0 +1,28 @@
+//! HTTP from clients: connections, heads, routes, bodies.
+//!
+//! ```text
+//!  accept ▸ guarded connection ▸ hyper ▸ [`handle`]: authority ▸ route ▸ limits ▸ submit
+//!                                                         ▲                     │
+//!                     [`routes`], swapped whole ──────────┘      job in the pool│
+//!  client ◀── hyper ◀── [`body`]: head and frames as they come ◀────────────────┘
+//! ```
+//!
+//! * `connection`: accepting, per-connection limits and timers
+//! * [`handle`]: one request
+//! * [`routes`]: which service a request belongs to
+//! * `headers`: what the host takes out of and puts into heads
+//! * [`body`]: bodies in both directions
+//! * [`problem`]: how a refusal looks
+//! * [`logs`]: from guest lines to reports
+//!
+//! *Invariant:* no problem body shows anything of another tenant or of the host's insides.
+
+pub mod body;
+mod connection;
+pub mod handle;
+mod headers;
+pub mod logs;
+pub mod problem;
+pub mod routes;
+
+pub use connection::Ingress;

@@ -1,0 +1,20 @@
+//! The Insula host: many tenants' services on one machine.
+//!
+//! * [`config`]: what the host runs with
+//! * [`messages`]: all that crosses between control and data
+//! * [`engine`]: the only place that names wasmtime
+//! * [`pool`]: worker threads and the dispatcher that polls guests in the scheduler's order
+//! * [`ingress`]: HTTP from clients
+//! * [`control`]: the admin API
+//! * [`data`]: the data plane, put together
+//! * [`state`]: intent, kept in SQLite and blobs
+#![deny(unsafe_code)]
+
+pub mod config;
+pub mod control;
+pub mod data;
+pub mod engine;
+pub mod ingress;
+pub mod messages;
+pub mod pool;
+pub mod state;

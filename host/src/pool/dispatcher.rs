@@ -1,0 +1,712 @@
+//! The run queue of the host and the loop that serves it.
+//!
+//! One scheduler and one table of jobs for all workers, under one lock that is held for a pick or
+//! a charge and never across a poll. A worker that finds the queue empty says so while it holds
+//! the lock; whoever queues something afterwards sees that and wakes it.
+//!
+//! On failure: a poll that panics settles its request as `host_error` and drops its future; a
+//! job whose tenant is gone is killed and dropped at its next turn.
+
+use std::collections::{HashMap, VecDeque};
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::atomic::{AtomicBool, AtomicI32, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::task::{Context, Poll, Waker};
+use std::time::{Duration, Instant};
+
+use insula_scheduler as sched;
+use insula_scheduler::{Class, Nanos, Pick, Scheduler, SliceEnd, WorkerId};
+use insula_types::spec::TenantSpec;
+use insula_types::{Outcome, ServiceId, TenantId};
+use tokio::sync::Notify;
+
+use super::clock::thread_cpu_ns;
+use super::deadlines::{Deadlines, TICK};
+use super::exchange::Exchange;
+use super::jobs::{Job, JobKey, JobWaker, Jobs, Wakefulness, Work};
+
+/// How long a worker polls guests before it looks at its connections again.
+const BATCH: Duration = Duration::from_micros(250);
+/// Requests of all tenants that wait for admission, at most.
+const WAITING_MAX: usize = 100_000;
+
+/// Why a request was refused before any guest code ran.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub enum Shed {
+    /// The tenant has as many requests running and waiting as its bounds allow.
+    #[error("{running} requests run and {waiting} wait: the tenant's bounds")]
+    TenantFull {
+        /// With an instance.
+        running: u32,
+        /// Without one yet.
+        waiting: u32,
+    },
+    /// The tenant's requests come faster than its rate allows.
+    #[error("the tenant's rate of {per_second} requests per second")]
+    TenantRate {
+        /// The bound.
+        per_second: u32,
+    },
+    /// All instances of the host are in use.
+    #[error("all {instances} instances of the host are in use")]
+    HostFull {
+        /// How many there are.
+        instances: u32,
+    },
+    /// The tenant is being deleted.
+    #[error("the tenant is being deleted")]
+    TenantGone,
+}
+
+/// What the pool knows of a tenant.
+struct TenantState {
+    spec: TenantSpec,
+    /// Requests with a place among the running ones.
+    running: u32,
+    waiting: VecDeque<JobKey>,
+    /// Jobs in the table, whatever their state.
+    jobs: u32,
+    /// When the next request may come, at the tenant's rate (generic cell rate algorithm).
+    next_arrival: Nanos,
+    leaving: bool,
+}
+
+/// How long a tenant can have been silent for its rate to be saved up: one second's worth.
+const RATE_BURST: Nanos = Nanos::from_secs(1);
+
+struct Inner {
+    sched: Scheduler,
+    jobs: Jobs,
+    tenants: HashMap<TenantId, TenantState>,
+    running: u32,
+    waiting: usize,
+}
+
+/// What other threads may know of a worker.
+#[derive(Debug, Default)]
+struct WorkerSlot {
+    /// Set under the pool's lock when the worker found nothing to run.
+    idle: AtomicBool,
+    /// A guest is being polled: the worker cannot look at its connections.
+    in_slice: AtomicBool,
+    wake: Notify,
+    deadlines: Mutex<Deadlines>,
+    /// CPU time of the worker's thread outside of slices.
+    host_ns: AtomicU64,
+    tid: AtomicI32,
+}
+
+/// See the module's documentation.
+pub struct Pool {
+    inner: Mutex<Inner>,
+    workers: Box<[WorkerSlot]>,
+    instances: u32,
+    epoch: Instant,
+    this: Weak<Self>,
+}
+
+impl std::fmt::Debug for Pool {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Pool")
+            .field("workers", &self.workers.len())
+            .finish_non_exhaustive()
+    }
+}
+
+/// A worker's own state, kept between batches.
+#[derive(Debug)]
+pub(super) struct WorkerState {
+    id: WorkerId,
+    /// The thread's CPU clock at the last boundary.
+    mark: u64,
+    next_sweep: Instant,
+}
+
+/// What a worker should do after a batch.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum After {
+    /// Look at the connections, then go on.
+    Again,
+    /// Wait for a wake.
+    Idle,
+    /// Wait for a wake, at most until then.
+    Until(Instant),
+}
+
+/// How one slice ended.
+enum Slice {
+    Done,
+    Pending(Work),
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+fn params(spec: &TenantSpec) -> sched::Params {
+    let rate = |millicores: insula_types::Millicores| {
+        let bare = u32::try_from(millicores.get()).unwrap_or(sched::Millicores::MAX);
+        sched::Millicores::new(bare).ok()
+    };
+    sched::Params {
+        shares: sched::Shares::new(spec.cpu.shares.get()).unwrap_or(sched::Shares::NORMAL),
+        reservation: spec.cpu.reservation.and_then(rate),
+        limit: spec.cpu.limit.and_then(rate),
+    }
+}
+
+fn key_of(tenant: TenantId) -> sched::TenantId {
+    sched::TenantId::new(tenant.get())
+}
+
+impl Pool {
+    /// A pool for `workers` threads and `instances` instances at once.
+    ///
+    /// # Errors
+    /// [`sched::ConfigError`] when the number of workers is out of range.
+    pub fn new(workers: usize, instances: u32) -> Result<Arc<Self>, sched::ConfigError> {
+        let sched = Scheduler::new(sched::Config::new(workers))?;
+        Ok(Arc::new_cyclic(|this| Self {
+            inner: Mutex::new(Inner {
+                sched,
+                jobs: Jobs::default(),
+                tenants: HashMap::new(),
+                running: 0,
+                waiting: 0,
+            }),
+            workers: (0..workers).map(|_| WorkerSlot::default()).collect(),
+            instances,
+            epoch: Instant::now(),
+            this: this.clone(),
+        }))
+    }
+
+    fn nanos(&self, now: Instant) -> Nanos {
+        Nanos::from_duration(now.saturating_duration_since(self.epoch))
+    }
+
+    fn now(&self) -> Nanos {
+        self.nanos(Instant::now())
+    }
+
+    /// Adds a tenant or changes its envelope, effective at once.
+    ///
+    /// # Errors
+    /// The scheduler's word when the reservations do not fit the host.
+    pub fn set_tenant(&self, tenant: TenantId, spec: &TenantSpec) -> Result<(), String> {
+        let now = self.now();
+        let mut inner = lock(&self.inner);
+        let (key, params) = (key_of(tenant), params(spec));
+        if let Some(state) = inner.tenants.get_mut(&tenant) {
+            state.spec = spec.clone();
+            return inner
+                .sched
+                .set_params(key, params, now)
+                .map_err(|error| error.to_string());
+        }
+        inner
+            .sched
+            .add_tenant(key, params, now)
+            .map_err(|error| error.to_string())?;
+        let state = TenantState {
+            spec: spec.clone(),
+            running: 0,
+            waiting: VecDeque::new(),
+            jobs: 0,
+            next_arrival: Nanos::ZERO,
+            leaving: false,
+        };
+        inner.tenants.insert(tenant, state);
+        Ok(())
+    }
+
+    /// Removes a tenant: its requests are cancelled, and its place in the scheduler goes with
+    /// the last of them.
+    pub fn remove_tenant(&self, tenant: TenantId) {
+        let keys = {
+            let mut inner = lock(&self.inner);
+            let Some(state) = inner.tenants.get_mut(&tenant) else {
+                return;
+            };
+            state.leaving = true;
+            inner.jobs.keys_where(|job| job.tenant == tenant)
+        };
+        self.kill_all(&keys);
+        let now = self.now();
+        lock(&self.inner).forget_if_empty(tenant, now);
+    }
+
+    /// Cancels all requests of a service.
+    pub fn cancel_service(&self, service: ServiceId) {
+        let keys = lock(&self.inner)
+            .jobs
+            .keys_where(|job| job.exchange.service.id == service);
+        self.kill_all(&keys);
+    }
+
+    /// Cancels everything, for the end of a drain.
+    pub fn cancel_all(&self) {
+        let keys = lock(&self.inner).jobs.keys_where(|_| true);
+        self.kill_all(&keys);
+    }
+
+    fn kill_all(&self, keys: &[JobKey]) {
+        for key in keys {
+            self.kill(*key, Outcome::Canceled);
+        }
+    }
+
+    /// Jobs in the table.
+    pub fn jobs(&self) -> usize {
+        lock(&self.inner)
+            .tenants
+            .values()
+            .map(|state| state.jobs as usize)
+            .sum()
+    }
+
+    /// Admits a request of a tenant and queues it. `work` runs the guest and settles the
+    /// exchange; it is dropped unpolled when the request is refused.
+    ///
+    /// # Errors
+    /// [`Shed`] says whose bound it was.
+    pub fn submit(
+        &self,
+        home: WorkerId,
+        exchange: Arc<Exchange>,
+        deadline: Instant,
+        work: Work,
+    ) -> Result<JobKey, Shed> {
+        let now = Instant::now();
+        let at = self.nanos(now);
+        let tenant = exchange.service.tenant.id;
+        let mut guard = lock(&self.inner);
+        let inner = &mut *guard;
+        let admitted = inner.admit(tenant, at, self.instances)?;
+        let key = inner.jobs.next_key();
+        inner.jobs.insert(Job {
+            tenant,
+            home,
+            waker: Arc::new(JobWaker::new(self.this.clone(), key)),
+            exchange,
+            deadline,
+            work: Some(work),
+            killed: None,
+            admitted,
+        });
+        if admitted {
+            inner.enqueue(key, Class::Fresh, at);
+        } else {
+            inner.wait(tenant, key);
+        }
+        drop(guard);
+        let slot = &self.workers[home.index()];
+        lock(&slot.deadlines).add(now, deadline, key);
+        slot.wake.notify_one();
+        Ok(key)
+    }
+
+    /// Ends a request from outside: its deadline passed, or its client went away. What it used
+    /// is charged when a worker drops it.
+    pub fn kill(&self, key: JobKey, outcome: Outcome) {
+        let at = self.now();
+        let mut guard = lock(&self.inner);
+        let inner = &mut *guard;
+        let Some(job) = inner.jobs.get_mut(key) else {
+            return;
+        };
+        job.exchange.settle(outcome);
+        job.killed.get_or_insert(outcome);
+        let (tenant, home, admitted) = (job.tenant, job.home, job.admitted);
+        let unparked = job.waker.change(Wakefulness::Parked, Wakefulness::Queued);
+        if !admitted {
+            // It never ran: there is nothing to measure.
+            let removed = inner.unwait(tenant, key, at);
+            drop(guard);
+            drop(removed);
+        } else if unparked {
+            inner.enqueue(key, Class::Woken, at);
+            drop(guard);
+            self.wake(home);
+        }
+    }
+
+    pub(super) fn enqueue_woken(&self, key: JobKey) {
+        let at = self.now();
+        let mut inner = lock(&self.inner);
+        let Some(home) = inner.jobs.get_mut(key).map(|job| job.home) else {
+            return;
+        };
+        inner.enqueue(key, Class::Woken, at);
+        drop(inner);
+        self.wake(home);
+    }
+
+    /// Wakes a job's home; another worker as well where the home is busy with a guest.
+    fn wake(&self, home: WorkerId) {
+        let slot = &self.workers[home.index()];
+        slot.wake.notify_one();
+        if slot.in_slice.load(Ordering::Relaxed) {
+            self.wake_idle(home);
+        }
+    }
+
+    fn wake_idle(&self, except: WorkerId) {
+        for (index, slot) in self.workers.iter().enumerate() {
+            if index != except.index() && slot.idle.swap(false, Ordering::SeqCst) {
+                slot.wake.notify_one();
+                return;
+            }
+        }
+    }
+
+    /// Waits until there may be something to run for this worker.
+    pub(super) async fn wait(&self, worker: &WorkerState) {
+        self.workers[worker.id.index()].wake.notified().await;
+    }
+
+    /// Wakes all workers: to bring their books up to date, or to let them see a shutdown.
+    pub fn wake_all(&self) {
+        for slot in &self.workers {
+            slot.wake.notify_one();
+        }
+    }
+
+    /// Called once by each worker's thread.
+    pub(super) fn enter(&self, id: WorkerId) -> WorkerState {
+        let tid = rustix::thread::gettid().as_raw_nonzero().get();
+        self.workers[id.index()].tid.store(tid, Ordering::Relaxed);
+        WorkerState {
+            id,
+            mark: 0,
+            next_sweep: Instant::now(),
+        }
+    }
+
+    /// CPU time of the host itself so far, in nanoseconds: the workers' outside of slices, and
+    /// all of the other threads and children.
+    pub fn host_cpu_ns(&self) -> u64 {
+        let tids: Vec<i32> = self
+            .workers
+            .iter()
+            .map(|slot| slot.tid.load(Ordering::Relaxed))
+            .collect();
+        let workers: u64 = self
+            .workers
+            .iter()
+            .map(|slot| slot.host_ns.load(Ordering::Relaxed))
+            .sum();
+        workers + super::clock::other_cpu_ns(&tids)
+    }
+
+    /// Time that a tenant's runnable requests waited for a core, and time that its limit held
+    /// them back, both since it was added.
+    pub fn waited(&self, tenant: TenantId) -> Option<(Duration, Duration)> {
+        let now = self.now();
+        let account = lock(&self.inner).sched.account(key_of(tenant), now)?;
+        Some((
+            account.waited.as_duration(),
+            account.throttled.as_duration(),
+        ))
+    }
+
+    /// Kills the jobs of a worker whose deadline has passed; says whether any are left.
+    fn sweep(&self, worker: &mut WorkerState, now: Instant) -> bool {
+        let slot = &self.workers[worker.id.index()];
+        worker.next_sweep = now + TICK;
+        let (expired, left) = {
+            let inner = lock(&self.inner);
+            let mut deadlines = lock(&slot.deadlines);
+            let expired = deadlines.expired(now, |key| inner.jobs.contains(key));
+            (expired, !deadlines.is_empty())
+        };
+        for key in expired {
+            self.kill(key, Outcome::Timeout);
+        }
+        left
+    }
+
+    /// Brings the worker's books up to date: all since the last boundary was the host's.
+    pub(super) fn settle_host_time(&self, worker: &mut WorkerState) -> u64 {
+        let now = thread_cpu_ns();
+        let host = &self.workers[worker.id.index()].host_ns;
+        host.fetch_add(now.saturating_sub(worker.mark), Ordering::Relaxed);
+        worker.mark = now;
+        now
+    }
+
+    /// Polls guests in the scheduler's order for about [`BATCH`].
+    pub(super) fn run_batch(&self, worker: &mut WorkerState) -> After {
+        let began = Instant::now();
+        let mut ends = None;
+        if began >= worker.next_sweep {
+            let left = self.sweep(worker, began);
+            ends = left.then_some(worker.next_sweep);
+        } else if !lock(&self.workers[worker.id.index()].deadlines).is_empty() {
+            ends = Some(worker.next_sweep);
+        }
+        let mut first = true;
+        loop {
+            let picked = self.pick(worker.id);
+            let (key, work, killed, waker, exchange, deadline) = match picked {
+                Picked::Run(next) => *next,
+                Picked::Idle => return ends.map_or(After::Idle, After::Until),
+                Picked::Throttled(until) => {
+                    return After::Until(ends.map_or(until, |sweep| sweep.min(until)));
+                }
+            };
+            if std::mem::take(&mut first) {
+                self.settle_host_time(worker);
+            }
+            let slice = poll_once(work, killed, deadline, waker, &exchange);
+            let now = thread_cpu_ns();
+            let used = now.saturating_sub(worker.mark);
+            worker.mark = now;
+            exchange.charge_cpu(used);
+            let more = self.end_slice(worker.id, key, slice, used);
+            if more {
+                self.wake_idle(worker.id);
+            }
+            if began.elapsed() >= BATCH {
+                return After::Again;
+            }
+        }
+    }
+
+    fn pick(&self, worker: WorkerId) -> Picked {
+        let at = self.now();
+        let slot = &self.workers[worker.index()];
+        let mut guard = lock(&self.inner);
+        let inner = &mut *guard;
+        slot.in_slice.store(false, Ordering::Relaxed);
+        loop {
+            match inner.sched.pick(worker, at) {
+                Ok(Pick::Run { job, .. }) => {
+                    let key = JobKey::of(job);
+                    if let Some(next) = inner.jobs.get_mut(key).and_then(|job| Next::of(key, job)) {
+                        slot.idle.store(false, Ordering::SeqCst);
+                        slot.in_slice.store(true, Ordering::Relaxed);
+                        return Picked::Run(Box::new(next));
+                    }
+                    // Not reachable: a queued job is in the table with its work. If it were
+                    // not, the queue must not stand still for it.
+                    debug_assert!(false, "a queued job without work");
+                    let _ = inner
+                        .sched
+                        .charge(worker, Nanos::ZERO, SliceEnd::Finished, at);
+                }
+                Ok(Pick::Throttled { until }) => {
+                    slot.idle.store(true, Ordering::SeqCst);
+                    return Picked::Throttled(self.epoch + until.as_duration());
+                }
+                Ok(Pick::Idle) | Err(_) => {
+                    slot.idle.store(true, Ordering::SeqCst);
+                    return Picked::Idle;
+                }
+            }
+        }
+    }
+
+    /// Charges a slice and decides what becomes of its job. Says whether other runnable work
+    /// should be offered to an idle worker: this one is busy with requests that take longer
+    /// than a slice.
+    fn end_slice(&self, worker: WorkerId, key: JobKey, slice: Slice, used: u64) -> bool {
+        let at = self.now();
+        let mut guard = lock(&self.inner);
+        let inner = &mut *guard;
+        let (end, mut gone) = match slice {
+            Slice::Done => (SliceEnd::Finished, inner.jobs.remove(key)),
+            Slice::Pending(work) => {
+                let end = inner.jobs.get_mut(key).map_or(SliceEnd::Finished, |job| {
+                    job.work = Some(work);
+                    job.park_or_requeue()
+                });
+                (end, None)
+            }
+        };
+        let charged = inner.sched.charge(worker, Nanos::from_nanos(used), end, at);
+        if let Some(job) = &mut gone {
+            inner.finished(job, at);
+        }
+        drop(guard);
+        if let Some(job) = gone {
+            job.exchange.finish();
+        }
+        end == SliceEnd::Preempted && charged.is_ok_and(|charged| charged.runnable > 1)
+    }
+}
+
+type Next = (JobKey, Work, Option<Outcome>, Waker, Arc<Exchange>, Instant);
+
+enum Picked {
+    Run(Box<Next>),
+    Throttled(Instant),
+    Idle,
+}
+
+trait NextOf: Sized {
+    fn of(key: JobKey, job: &mut Job) -> Option<Self>;
+}
+
+impl NextOf for Next {
+    fn of(key: JobKey, job: &mut Job) -> Option<Self> {
+        let work = job.work.take()?;
+        job.waker.set(Wakefulness::Running);
+        let waker = Waker::from(job.waker.clone());
+        Some((
+            key,
+            work,
+            job.killed,
+            waker,
+            job.exchange.clone(),
+            job.deadline,
+        ))
+    }
+}
+
+/// Runs one slice, or drops the job where it was killed or is late. A panic below ends only this
+/// request.
+fn poll_once(
+    mut work: Work,
+    killed: Option<Outcome>,
+    deadline: Instant,
+    waker: Waker,
+    exchange: &Exchange,
+) -> Slice {
+    let late = || (Instant::now() >= deadline).then_some(Outcome::Timeout);
+    if let Some(outcome) = killed.or_else(late) {
+        exchange.settle(outcome);
+        let dropped = catch_unwind(AssertUnwindSafe(|| drop(work)));
+        if dropped.is_err() {
+            tracing::error!(
+                request_id = exchange.request_id,
+                "dropping a guest panicked"
+            );
+        }
+        return Slice::Done;
+    }
+    let mut context = Context::from_waker(&waker);
+    match catch_unwind(AssertUnwindSafe(|| work.as_mut().poll(&mut context))) {
+        Ok(Poll::Pending) => Slice::Pending(work),
+        Ok(Poll::Ready(())) => Slice::Done,
+        Err(_) => {
+            exchange.settle(Outcome::HostError);
+            tracing::error!(
+                request_id = exchange.request_id,
+                "the host panicked below a guest"
+            );
+            // What is left of the future may panic again.
+            let _ = catch_unwind(AssertUnwindSafe(|| drop(work)));
+            Slice::Done
+        }
+    }
+}
+
+impl Job {
+    fn park_or_requeue(&mut self) -> SliceEnd {
+        let parked =
+            self.killed.is_none() && self.waker.change(Wakefulness::Running, Wakefulness::Parked);
+        if parked {
+            return SliceEnd::Blocked;
+        }
+        self.waker.set(Wakefulness::Queued);
+        SliceEnd::Preempted
+    }
+}
+
+impl Inner {
+    /// Whether a request of this tenant can run now (`true`) or must wait (`false`).
+    fn admit(&mut self, tenant: TenantId, at: Nanos, instances: u32) -> Result<bool, Shed> {
+        let state = self.tenants.get_mut(&tenant).ok_or(Shed::TenantGone)?;
+        if state.leaving {
+            return Err(Shed::TenantGone);
+        }
+        let bounds = state.spec.requests;
+        let waiting = u32::try_from(state.waiting.len()).unwrap_or(u32::MAX);
+        let full = state.running >= bounds.in_flight;
+        if full && (waiting >= bounds.queued || self.waiting >= WAITING_MAX) {
+            let running = state.running;
+            return Err(Shed::TenantFull { running, waiting });
+        }
+        if !full && self.running >= instances {
+            return Err(Shed::HostFull { instances });
+        }
+        if let Some(per_second) = bounds.per_second {
+            let due = state.next_arrival.max(at);
+            if due > at.saturating_add(RATE_BURST) {
+                return Err(Shed::TenantRate { per_second });
+            }
+            let interval = Nanos::from_nanos(1_000_000_000 / u64::from(per_second));
+            state.next_arrival = due.saturating_add(interval);
+        }
+        state.jobs += 1;
+        if !full {
+            state.running += 1;
+            self.running += 1;
+        }
+        Ok(!full)
+    }
+
+    fn wait(&mut self, tenant: TenantId, key: JobKey) {
+        if let Some(state) = self.tenants.get_mut(&tenant) {
+            state.waiting.push_back(key);
+            self.waiting += 1;
+        }
+    }
+
+    /// Takes a request that was never admitted out again.
+    fn unwait(&mut self, tenant: TenantId, key: JobKey, at: Nanos) -> Option<Job> {
+        if let Some(state) = self.tenants.get_mut(&tenant) {
+            state.waiting.retain(|waiting| *waiting != key);
+            state.jobs -= 1;
+            self.waiting -= 1;
+        }
+        let job = self.jobs.remove(key);
+        self.forget_if_empty(tenant, at);
+        job
+    }
+
+    fn enqueue(&mut self, key: JobKey, class: Class, at: Nanos) {
+        let Some(job) = self.jobs.get_mut(key) else {
+            return;
+        };
+        let (tenant, home) = (key_of(job.tenant), job.home);
+        if let Err(error) = self.sched.enqueue(tenant, key.id(), home, class, at) {
+            // Admission keeps the queue far below its cap, and a tenant stays in the scheduler
+            // as long as it has jobs.
+            tracing::error!(%error, "a job could not be queued");
+            debug_assert!(false, "{error}");
+        }
+    }
+
+    /// A job has ended: its place goes to the next one of its tenant.
+    fn finished(&mut self, job: &mut Job, at: Nanos) {
+        let tenant = job.tenant;
+        let Some(state) = self.tenants.get_mut(&tenant) else {
+            return;
+        };
+        state.jobs -= 1;
+        let next = state.waiting.pop_front();
+        if next.is_none() {
+            state.running -= 1;
+            self.running -= 1;
+        }
+        if let Some(key) = next {
+            self.waiting -= 1;
+            if let Some(job) = self.jobs.get_mut(key) {
+                job.admitted = true;
+            }
+            self.enqueue(key, Class::Fresh, at);
+        }
+        self.forget_if_empty(tenant, at);
+    }
+
+    fn forget_if_empty(&mut self, tenant: TenantId, at: Nanos) {
+        let gone = |state: &TenantState| state.leaving && state.jobs == 0;
+        if self.tenants.get(&tenant).is_some_and(gone) {
+            self.tenants.remove(&tenant);
+            // It can only be unknown if it never was added.
+            let _ = self.sched.remove_tenant(key_of(tenant), at);
+        }
+    }
+}

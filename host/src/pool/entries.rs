@@ -1,0 +1,161 @@
+//! What the data plane knows of a tenant and of a service.
+
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, OnceLock};
+use std::time::Duration;
+
+use insula_metrics::{DataMetrics, Direction, Kind, ServiceMetrics, TenantMetrics};
+use insula_types::spec::RequestLimits;
+use insula_types::{Digest, Outcome, ServiceId, ServiceName, TenantId, TenantName, VersionNumber};
+
+use super::exchange::Record;
+use crate::engine::{Program, TenantMemory};
+use crate::ingress::logs::ServiceLog;
+use crate::messages::UsageDelta;
+
+/// A tenant. Lives as long as anything of it does; its envelope is in the pool.
+#[derive(Debug)]
+pub struct TenantEntry {
+    /// Its id.
+    pub id: TenantId,
+    /// Its name.
+    pub name: TenantName,
+    /// The memory of all its instances.
+    pub memory: Arc<TenantMemory>,
+    /// Its metric series.
+    pub metrics: Arc<TenantMetrics>,
+}
+
+/// The version of a service that serves.
+#[derive(Debug, Clone)]
+pub struct Active {
+    /// Its number.
+    pub number: VersionNumber,
+    /// The digest of its component.
+    pub digest: Digest,
+    /// Its code.
+    pub program: Program,
+}
+
+/// A service as it is now; replaced whole when anything of it changes.
+#[derive(Debug, Clone)]
+pub struct ServiceEntry {
+    /// Its id.
+    pub id: ServiceId,
+    /// Its name.
+    pub name: ServiceName,
+    /// Its tenant.
+    pub tenant: Arc<TenantEntry>,
+    /// The tighter of what the service, its tenant and the host allow.
+    pub limits: RequestLimits,
+    /// The environment of its guests.
+    pub env: Arc<[(String, String)]>,
+    /// Whether answers carry `insula-usage`.
+    pub usage_header: bool,
+    /// What serves; `None` before the first activation.
+    pub active: Option<Active>,
+    /// What outlives a change: counters and the log.
+    pub stats: Arc<ServiceStats>,
+}
+
+/// Counters of one service, moved out when control collects.
+#[derive(Debug)]
+pub struct ServiceStats {
+    requests: [AtomicU64; Outcome::ALL.len()],
+    fuel: AtomicU64,
+    cpu_ns: AtomicU64,
+    memory_byte_ms: AtomicU64,
+    bytes_in: AtomicU64,
+    bytes_out: AtomicU64,
+    /// Created by the first request: an idle service has no series.
+    metrics: OnceLock<Arc<ServiceMetrics>>,
+    registry: DataMetrics,
+    /// Its log.
+    pub log: Arc<ServiceLog>,
+}
+
+impl ServiceStats {
+    /// All zero.
+    #[must_use]
+    pub fn new(registry: DataMetrics, log: Arc<ServiceLog>) -> Self {
+        Self {
+            requests: Default::default(),
+            fuel: AtomicU64::new(0),
+            cpu_ns: AtomicU64::new(0),
+            memory_byte_ms: AtomicU64::new(0),
+            bytes_in: AtomicU64::new(0),
+            bytes_out: AtomicU64::new(0),
+            metrics: OnceLock::new(),
+            registry,
+            log,
+        }
+    }
+}
+
+impl ServiceEntry {
+    /// Its metric series.
+    pub fn metrics(&self) -> &Arc<ServiceMetrics> {
+        let stats = &self.stats;
+        stats
+            .metrics
+            .get_or_init(|| stats.registry.service(&self.tenant.name, &self.name))
+    }
+
+    /// Charges measured CPU time, as soon as it was measured.
+    pub fn charge_cpu(&self, ns: u64) {
+        self.stats.cpu_ns.fetch_add(ns, Ordering::Relaxed);
+        self.tenant.metrics.add_cpu_ns(Kind::Wasm, ns);
+    }
+
+    /// Writes down the end of one request: the one place where that happens.
+    pub fn record(&self, record: &Record) {
+        let stats = &self.stats;
+        stats.requests[record.outcome.index()].fetch_add(1, Ordering::Relaxed);
+        stats.fuel.fetch_add(record.fuel, Ordering::Relaxed);
+        stats
+            .memory_byte_ms
+            .fetch_add(record.memory_byte_ms, Ordering::Relaxed);
+        stats.bytes_in.fetch_add(record.bytes_in, Ordering::Relaxed);
+        stats
+            .bytes_out
+            .fetch_add(record.bytes_out, Ordering::Relaxed);
+        let metrics = self.metrics();
+        metrics.request_ended(record.outcome, record.duration);
+        metrics.add_fuel(record.fuel);
+        let tenant = &self.tenant.metrics;
+        let millisecond = Duration::from_millis(1);
+        tenant.add_memory_held(Kind::Wasm, record.memory_byte_ms, millisecond);
+        tenant.add_ingress_bytes(Direction::In, record.bytes_in);
+        tenant.add_ingress_bytes(Direction::Out, record.bytes_out);
+    }
+
+    /// Writes down a request that was refused before it became an exchange.
+    pub fn record_refusal(&self, outcome: Outcome, duration: Duration) {
+        self.record(&Record {
+            outcome,
+            fuel: 0,
+            memory_byte_ms: 0,
+            bytes_in: 0,
+            bytes_out: 0,
+            duration,
+        });
+    }
+
+    /// Moves the counts since the last call out; `None` when there were none.
+    pub fn take_usage(&self) -> Option<UsageDelta> {
+        let stats = &self.stats;
+        let take = |counter: &AtomicU64| counter.swap(0, Ordering::Relaxed);
+        let delta = UsageDelta {
+            tenant: self.tenant.id,
+            service: self.id,
+            requests: std::array::from_fn(|outcome| take(&stats.requests[outcome])),
+            fuel: take(&stats.fuel),
+            cpu_ns: take(&stats.cpu_ns),
+            memory_byte_ms: take(&stats.memory_byte_ms),
+            bytes_in: take(&stats.bytes_in),
+            bytes_out: take(&stats.bytes_out),
+        };
+        let idle = delta.cpu_ns == 0 && delta.requests.iter().all(|count| *count == 0);
+        (!idle).then_some(delta)
+    }
+}
