@@ -12,6 +12,7 @@ use hyper::body::Incoming;
 use insula_types::Outcome;
 use tokio::sync::oneshot;
 
+use super::guarded_io::RequestInProgress;
 use super::headers::{INSULA_USAGE, set};
 use crate::engine::run::{BodyError, ResponseBody};
 use crate::pool::Pool;
@@ -111,7 +112,11 @@ impl Drop for Hold {
 
 /// The body of an answer.
 #[derive(Debug)]
-pub struct OutBody(Kind);
+pub struct OutBody {
+    kind: Kind,
+    /// Tells the connection that it is not idle.
+    _in_progress: Option<RequestInProgress>,
+}
 
 #[derive(Debug)]
 enum Kind {
@@ -144,9 +149,24 @@ enum StreamState {
 }
 
 impl OutBody {
+    const fn new(kind: Kind) -> Self {
+        Self {
+            kind,
+            _in_progress: None,
+        }
+    }
+
+    /// The same body, which keeps its connection from being idle.
+    pub(super) fn during(self, in_progress: RequestInProgress) -> Self {
+        Self {
+            _in_progress: Some(in_progress),
+            ..self
+        }
+    }
+
     /// A body of the host's own.
     pub(super) const fn host(bytes: Bytes) -> Self {
-        Self(Kind::Ready {
+        Self::new(Kind::Ready {
             bytes: Some(bytes),
             hold: None,
         })
@@ -162,7 +182,7 @@ impl OutBody {
             // Nobody will ask for it.
             hold.answered(Answer::Whole);
         }
-        Self(Kind::Ready {
+        Self::new(Kind::Ready {
             bytes: (!bytes.is_empty()).then_some(bytes),
             hold: Some(hold),
         })
@@ -175,7 +195,7 @@ impl OutBody {
         first: impl IntoIterator<Item = Frame<Bytes>>,
         done: Option<oneshot::Receiver<()>>,
     ) -> Self {
-        Self(Kind::Stream(Box::new(Stream {
+        Self::new(Kind::Stream(Box::new(Stream {
             inner,
             hold,
             first: first.into_iter().collect(),
@@ -193,7 +213,7 @@ impl Body for OutBody {
         mut self: Pin<&mut Self>,
         cx: &mut Context<'_>,
     ) -> Poll<Option<Result<Frame<Bytes>, BodyError>>> {
-        match &mut self.0 {
+        match &mut self.kind {
             Kind::Ready { bytes, hold } => {
                 if let Some(hold) = hold {
                     hold.answered(Answer::Whole);
@@ -205,11 +225,11 @@ impl Body for OutBody {
     }
 
     fn is_end_stream(&self) -> bool {
-        matches!(self.0, Kind::Ready { bytes: None, .. })
+        matches!(self.kind, Kind::Ready { bytes: None, .. })
     }
 
     fn size_hint(&self) -> SizeHint {
-        match &self.0 {
+        match &self.kind {
             Kind::Ready { bytes, .. } => {
                 SizeHint::with_exact(bytes.as_ref().map_or(0, |bytes| bytes.len() as u64))
             }

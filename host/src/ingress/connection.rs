@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use arc_swap::ArcSwap;
 use hyper::service::service_fn;
-use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
+use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::server::conn::auto;
 use insula_metrics::{DataMetrics, ShedReason};
 use insula_scheduler::WorkerId;
@@ -14,6 +14,7 @@ use insula_types::Outcome;
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::watch;
 
+use super::guarded_io::{Ended, GuardedIo, Timeouts};
 use super::handle::{Origin, handle};
 use super::routes::RouteTable;
 use crate::pool::Pool;
@@ -23,8 +24,8 @@ use crate::pool::worker::Phase;
 const CONNECTIONS_MAX: usize = 20_000;
 /// Pause after the kernel refused a connection for want of descriptors or memory.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(20);
-/// Buffer of an HTTP/1.1 head.
-const HEAD_BUFFER: usize = 32 << 10;
+/// Buffer of an HTTP/1.1 head: more than the guard lets through, so that the guard answers first.
+const HEAD_BUFFER: usize = 40 << 10;
 /// Fields of one head.
 const HEADERS_MAX: usize = 64;
 /// Streams of one HTTP/2 connection.
@@ -131,7 +132,7 @@ impl Ingress {
         let _ = stream.set_nodelay(true);
         let phase = phase.clone();
         // Ends with its runtime at the latest; counted by its place.
-        tokio::spawn(async move {
+        tokio::task::spawn_local(async move {
             let ingress = Arc::clone(&place.0);
             ingress.serve(stream, origin, phase).await;
             drop(place);
@@ -144,28 +145,48 @@ impl Ingress {
         origin: Origin,
         mut phase: watch::Receiver<Phase>,
     ) {
+        let (io, connection) = GuardedIo::new(stream, Timeouts::default());
         let service = service_fn(|request| {
             let ingress = Arc::clone(&self);
-            async move { Ok::<_, std::convert::Infallible>(handle(ingress, origin, request).await) }
+            let in_progress = connection.begin_request();
+            async move {
+                let response = handle(ingress, origin, request).await;
+                Ok::<_, std::convert::Infallible>(response.map(|body| body.during(in_progress)))
+            }
         });
         let builder = protocol();
-        let mut connection =
-            std::pin::pin!(builder.serve_connection(TokioIo::new(stream), service));
+        let mut serving = std::pin::pin!(builder.serve_connection(TokioIo::new(io), service));
         let result = tokio::select! {
-            result = connection.as_mut() => result,
+            result = serving.as_mut() => result,
             _ = phase.changed() => {
-                connection.as_mut().graceful_shutdown();
-                connection.as_mut().await
+                serving.as_mut().graceful_shutdown();
+                serving.as_mut().await
             }
         };
+        if let Some(Ended::Violation(_) | Ended::Head) = connection.ended() {
+            self.metrics.unrouted().request_ended(Outcome::BadRequest);
+        }
         if let Err(error) = result {
             tracing::trace!(error, client = %origin.client, "connection ended");
         }
     }
 }
 
-fn protocol() -> auto::Builder<TokioExecutor> {
-    let mut builder = auto::Builder::new(TokioExecutor::new());
+/// Runs what hyper spawns (HTTP/2 streams) on the worker's own thread.
+#[derive(Clone, Copy)]
+struct SameThread;
+
+impl<F> hyper::rt::Executor<F> for SameThread
+where
+    F: Future<Output: 'static> + 'static,
+{
+    fn execute(&self, future: F) {
+        tokio::task::spawn_local(future);
+    }
+}
+
+fn protocol() -> auto::Builder<SameThread> {
+    let mut builder = auto::Builder::new(SameThread);
     builder
         .http1()
         .header_read_timeout(None)

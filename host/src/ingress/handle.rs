@@ -331,7 +331,7 @@ fn failed(mut hold: Hold) -> Response<OutBody> {
 
 /// Reads a body that nobody wants, so that its guest can come to its end.
 fn drain(mut hold: Hold, mut body: ResponseBody) {
-    tokio::spawn(async move {
+    tokio::task::spawn_local(async move {
         while let Some(Ok(_)) = next_frame(&mut body).await {}
         hold.answered(Answer::Whole);
     });

@@ -107,7 +107,7 @@ pub enum Violation {
     #[error("the Content-Length is too large")]
     ContentLengthTooLarge,
     /// A coding other than `chunked`.
-    #[error("the Transfer-Encoding is not exactly \"chunked\"")]
+    #[error("the Transfer-Encoding is not exactly `chunked`")]
     TransferEncoding,
     /// Two codings.
     #[error("there is more than one Transfer-Encoding header")]
@@ -352,7 +352,8 @@ impl HeadGuard {
                         State::Method => self.section_left == HEAD_BYTES_MAX,
                         _ => false,
                     };
-                    let deliverable = at + usize::from(nothing_of_it_yet);
+                    let first_byte_too = nothing_of_it_yet && self.requests > 0;
+                    let deliverable = at + usize::from(first_byte_too);
                     return Err(Refused {
                         violation,
                         deliverable,

@@ -7,7 +7,8 @@
 //!  client ◀── hyper ◀── [`body`]: head and frames as they come ◀────────────────┘
 //! ```
 //!
-//! * `connection`: accepting, per-connection limits and timers
+//! * `connection`: accepting, draining, limits on connections
+//! * `guarded_io`, `head_guard`: what hyper would let through, and timers on every phase
 //! * [`handle`]: one request
 //! * [`routes`]: which service a request belongs to
 //! * `headers`: what the host takes out of and puts into heads
@@ -19,7 +20,9 @@
 
 pub mod body;
 mod connection;
+pub mod guarded_io;
 pub mod handle;
+pub mod head_guard;
 mod headers;
 pub mod logs;
 pub mod problem;

@@ -10,6 +10,7 @@ use std::thread::JoinHandle;
 use std::time::Instant;
 
 use insula_scheduler::WorkerId;
+use tokio::runtime::LocalOptions;
 use tokio::sync::watch;
 
 use super::Pool;
@@ -27,7 +28,7 @@ pub enum WorkerError {
         /// What the kernel said.
         source: std::io::Error,
     },
-    /// No thread or no runtime.
+    /// No thread.
     #[error("cannot start a worker thread: {0}")]
     Thread(std::io::Error),
 }
@@ -89,26 +90,39 @@ pub fn start(
     ingress: Arc<Ingress>,
     phase: watch::Receiver<Phase>,
 ) -> Result<JoinHandle<()>, WorkerError> {
-    let runtime = tokio::runtime::Builder::new_current_thread()
-        .enable_io()
-        .enable_time()
-        .build()
-        .map_err(WorkerError::Thread)?;
     std::thread::Builder::new()
         .name(format!("insula-worker-{index}"))
         .spawn(move || {
             pin_to_core(usize::from(index));
-            let id = WorkerId::new(index);
-            runtime.block_on(async {
-                let accept = ingress.clone().accept(listener, id, phase.clone());
-                let accepting = tokio::spawn(accept);
-                let mut worker = pool.enter(id);
-                dispatch(&pool, &mut worker, phase).await;
-                accepting.abort();
-            });
-            // Connections that still stand are dropped with the runtime.
+            if let Err(error) = work(index, listener, &pool, ingress, phase) {
+                tracing::error!(%error, index, "a worker has no runtime");
+            }
         })
         .map_err(WorkerError::Thread)
+}
+
+/// A worker's life, on its own thread.
+fn work(
+    index: u16,
+    listener: TcpListener,
+    pool: &Pool,
+    ingress: Arc<Ingress>,
+    phase: watch::Receiver<Phase>,
+) -> std::io::Result<()> {
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_io()
+        .enable_time()
+        .build_local(LocalOptions::default())?;
+    let id = WorkerId::new(index);
+    runtime.block_on(async {
+        let accept = ingress.accept(listener, id, phase.clone());
+        let accepting = tokio::task::spawn_local(accept);
+        let mut worker = pool.enter(id);
+        dispatch(pool, &mut worker, phase).await;
+        accepting.abort();
+    });
+    // Connections that still stand are dropped with the runtime.
+    Ok(())
 }
 
 /// Pins the calling thread to the `index`-th core that this process may use. A refusal costs
