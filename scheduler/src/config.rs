@@ -112,7 +112,7 @@ impl fmt::Display for ConfigError {
 impl std::error::Error for ConfigError {}
 
 /// A tenant's CPU control: the hypervisor's triple (mClock: Gulati, Merchant,
-/// Varman, OSDI 2010, section 3).
+/// Varman, OSDI 2010).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Params {
     /// Weight when CPU is short.

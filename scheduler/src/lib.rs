@@ -1,9 +1,9 @@
 //! Who runs next, who waits, who is held back: Insula's CPU scheduler as a pure
 //! state machine. Events and a tick go in, commands come out.
 //!
-//! This crate must never depend on a clock, a thread, I/O, randomness, another
-//! crate of the house, or anything outside `std`: so that a simulator can run
-//! years of hostile workloads in seconds from a seed and check every step.
+//! This crate must never depend on a clock, a thread, I/O, randomness, or
+//! anything outside `std` but `insula-types`: so that a simulator can run years
+//! of hostile workloads in seconds from a seed and check every step.
 //!
 //! One [`Scheduler`] is the host-wide run queue of all workers, held by the
 //! dispatcher under one mutex. A worker [picks](Scheduler::pick) a job, runs it
@@ -17,7 +17,7 @@
 //! | the limit as a token bucket kept in one number | generic cell rate algorithm: ITU-T I.371 |
 //! | a change of weight keeps the lag | Stoica et al., RTSS 1996 |
 //!
-//! Bounds (proved by `tests/`, with W workers, quantum q, and l the longest
+//! Bounds (checked by `tests/`, with W workers, quantum q, and l the longest
 //! slice of a tenant, m = max(l, q), b = (W−1)·m + l):
 //! * two tenants with jobs always queued, weights w: over any interval
 //!   |Δservice_i/w_i − Δservice_j/w_j| ≤ b_i/w_i + b_j/w_j; with one worker
@@ -31,12 +31,14 @@ mod account;
 mod config;
 mod error;
 mod heap;
+mod place;
 mod queue;
 mod scheduler;
 mod slice;
 mod tags;
 mod tenant;
 mod units;
+mod view;
 
 pub use account::{Account, Totals};
 pub use config::{Config, ConfigError, Params, WORKERS_MAX};

@@ -1,5 +1,6 @@
 //! The state machine: who exists, who is queued. Picking and charging, the hot
-//! half, is in [`crate::slice`].
+//! half, is in [`crate::slice`]; where a tenant stands is decided in
+//! [`crate::place`].
 //!
 //! ```text
 //!   enqueue ──▶ tenant's queue ──▶ share heap ───────┐
@@ -232,7 +233,9 @@ impl Scheduler {
         let entry = self.tenants.get_mut(slot);
         entry.settle(now);
         if entry.queue.len() == 0 && entry.running == 0 {
-            // It slept: a reservation is not saved up (mClock, section 3.1).
+            // It slept: neither its share (SFQ) nor a reservation
+            // (mClock) is saved up.
+            entry.start = entry.start.max(self.virtual_time);
             if let Some(tag) = &mut entry.reservation {
                 tag.forget_before(now);
             }
@@ -280,61 +283,6 @@ impl Scheduler {
         self.runnable
     }
 
-    /// Queued jobs that a worker could run at the last `now` seen: those not
-    /// held back by a limit.
-    pub const fn runnable(&self) -> usize {
-        self.runnable
-    }
-
-    /// All queued jobs, held back or not.
-    pub const fn queued_total(&self) -> usize {
-        self.queued
-    }
-
-    /// A tenant's queued jobs.
-    pub fn queued(&self, tenant: TenantId) -> Option<usize> {
-        self.tenants
-            .slot(tenant)
-            .map(|slot| self.tenants.get(slot).queue.len() as usize)
-    }
-
-    /// A tenant's running slices.
-    pub fn running(&self, tenant: TenantId) -> Option<usize> {
-        self.tenants
-            .slot(tenant)
-            .map(|slot| self.tenants.get(slot).running as usize)
-    }
-
-    /// When the next throttled tenant is released.
-    pub fn next_release(&self) -> Option<Nanos> {
-        self.by_release.least().map(|(until, _)| until)
-    }
-
-    /// A tenant's parameters.
-    pub fn params(&self, tenant: TenantId) -> Option<Params> {
-        self.tenants
-            .slot(tenant)
-            .map(|slot| self.tenants.get(slot).params)
-    }
-
-    /// A tenant's totals as of `now`. A running slice counts when it is charged.
-    pub fn account(&self, tenant: TenantId, now: Nanos) -> Option<Account> {
-        let now = self.now.max(now);
-        self.tenants
-            .slot(tenant)
-            .map(|slot| self.tenants.get(slot).account(now))
-    }
-
-    /// Totals over all tenants there ever were.
-    pub const fn totals(&self) -> Totals {
-        self.totals
-    }
-
-    /// Sum of the present tenants' reservations, in millicores.
-    pub const fn reserved_millicores(&self) -> u64 {
-        self.reserved_millicores
-    }
-
     pub(crate) fn check_worker(&self, worker: WorkerId) -> Result<(), NoSuchWorker> {
         let workers = self.config.workers;
         if worker.index() < workers {
@@ -342,76 +290,6 @@ impl Scheduler {
         } else {
             Err(NoSuchWorker { worker, workers })
         }
-    }
-
-    /// Moves the clock and releases whom it releases.
-    pub(crate) fn advance(&mut self, now: Nanos) {
-        self.now = self.now.max(now);
-        while let Some((until, slot)) = self.by_release.least() {
-            if until > self.now {
-                break;
-            }
-            self.tenants.get_mut(slot).settle(self.now);
-            self.place(slot);
-        }
-    }
-
-    /// Puts a tenant where its queue and its tags say, and re-keys it. The
-    /// tenant must be settled.
-    ///
-    /// Entering the runnable set, whether from sleep, from throttling, or
-    /// because one of its running jobs was put back, a tenant's start tag is
-    /// raised to virtual time:
-    /// * SFQ's rule for arrivals, S = max(F, v) (Goyal, Vin, Cheng, SIGCOMM
-    ///   1996, eq. 4): sleep earns no credit;
-    /// * and the readjustment of infeasible weights (surplus fair scheduling:
-    ///   Chandra, Adler, Goyal, Shenoy, OSDI 2000, section 2.1) without a
-    ///   sorted list of weights: a tenant all of whose jobs are running is
-    ///   being served as fast as it can use, so if virtual time overtook it
-    ///   meanwhile, its weight asks for more cores than it has jobs, and the
-    ///   difference is not owed to it.
-    pub(crate) fn place(&mut self, slot: u32) {
-        let tenant = self.tenants.get_mut(slot);
-        let before = tenant.place;
-        let release = tenant.limit.map_or(Nanos::ZERO, |tag| tag.due());
-        let after = if tenant.queue.len() == 0 {
-            Place::Off
-        } else if release > self.now {
-            Place::Throttled { until: release }
-        } else {
-            Place::Runnable
-        };
-        tenant.place = after;
-        if before != after {
-            match before {
-                Place::Runnable => {
-                    self.by_start.remove(slot);
-                    self.by_reservation.remove(slot);
-                }
-                Place::Throttled { .. } => self.by_release.remove(slot),
-                Place::Off => {}
-            }
-        }
-        let counted = match after {
-            Place::Runnable => {
-                if before != Place::Runnable {
-                    tenant.start = tenant.start.max(self.virtual_time);
-                }
-                self.by_start.put(slot, tenant.start);
-                match tenant.reservation {
-                    Some(tag) => self.by_reservation.put(slot, tag.due()),
-                    None => self.by_reservation.remove(slot),
-                }
-                tenant.queue.len()
-            }
-            Place::Throttled { until } => {
-                self.by_release.put(slot, until);
-                0
-            }
-            Place::Off => 0,
-        };
-        self.runnable = self.runnable - tenant.counted as usize + counted as usize;
-        tenant.counted = counted;
     }
 
     fn check_params(&self, params: Params, own_millicores: u64) -> Result<(), ParamsError> {

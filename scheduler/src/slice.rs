@@ -103,7 +103,7 @@ impl Scheduler {
     /// What `worker` should run now. Cost: O(log runnable tenants).
     ///
     /// 1. Of the reservations that are due, the one due first (mClock's
-    ///    constraint-based phase, OSDI 2010, algorithm 1). Only such picks
+    ///    constraint-based phase, OSDI 2010). Only such picks
     ///    advance the reservation tag: time that a tenant gets by its shares
     ///    while the host is quiet is not held against its guarantee later
     ///    (there: the correction of reservation tags in the weight-based phase).
@@ -229,8 +229,8 @@ impl Scheduler {
             self.tenants.release(slice.slot);
         }
         if self.queued == 0 && self.running == 0 {
-            // The end of a busy period: a clean slate (SFQ, SIGCOMM 1996,
-            // section 2, rule 2). Nobody was kept waiting by past service.
+            // The end of a busy period: a clean slate (SFQ, SIGCOMM 1996).
+            // Nobody was kept waiting by past service.
             self.virtual_time = self.virtual_time.max(self.last_finish);
         }
         Ok(Charged {

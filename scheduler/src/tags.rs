@@ -33,7 +33,7 @@ impl VirtualTime {
         Self(self.0 + slope.span(service))
     }
 
-    /// The tag with a provisional charge taken back.
+    /// The tag `service` nanoseconds earlier.
     pub(crate) fn before(self, service: Nanos, slope: Slope) -> Self {
         Self(self.0 - slope.span(service))
     }
@@ -41,7 +41,7 @@ impl VirtualTime {
     /// The tag under another weight such that its distance from `now`, counted
     /// in service, stays: (S − v)·w is the same before and after. (Lag under a
     /// change of weight: Stoica et al., "A Proportional Share Resource
-    /// Allocation Algorithm", RTSS 1996, section 4.)
+    /// Allocation Algorithm", RTSS 1996.)
     pub(crate) fn rescaled(self, now: Self, old: Slope, new: Slope) -> Self {
         let distance = self.0 - now.0;
         let (old, new) = (i128::from(old.0), i128::from(new.0));
@@ -84,7 +84,7 @@ pub(crate) enum Promise {
 
 /// A tag in real time that moves by service/rate: mClock's R and L tags, and
 /// also the theoretical arrival time of the generic cell rate algorithm
-/// (ITU-T I.371, annex A), which is a token bucket kept as one number.
+/// (ITU-T I.371), which is a token bucket kept as one number.
 ///
 /// The tag may lag behind the clock by `slack`, no more: that is the burst.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

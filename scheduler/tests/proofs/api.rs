@@ -83,7 +83,7 @@ proptest! {
     ) {
         let mut twin = Twin::new(Config::new(WORKERS));
         twin.add(tenant_id(0), first);
-        twin.add(tenant_id(1), Params::default());
+        twin.add(tenant_id(1), params(1_024, 0, 0));
         for op in ops {
             apply(&mut twin, op);
         }
@@ -147,6 +147,32 @@ fn a_removed_tenants_last_slice_is_counted_and_its_job_orphaned() {
     );
     assert_eq!(scheduler.totals().charged, now);
     assert_eq!(scheduler.account(tenant, now).unwrap().charged, Nanos::ZERO);
+}
+
+/// The pick charged a quantum to a limit that has since been replaced: the new
+/// one gets the whole slice.
+#[test]
+fn a_limit_set_anew_during_a_slice_is_charged_all_of_it() {
+    let mut scheduler = Scheduler::new(Config::new(1)).unwrap();
+    let (tenant, worker, now) = (tenant_id(0), worker_id(0), Nanos::ZERO);
+    scheduler
+        .add_tenant(tenant, params(1, 0, 250), now)
+        .unwrap();
+    scheduler
+        .enqueue(tenant, JobId::new(1), worker, Class::Fresh, now)
+        .unwrap();
+    scheduler.pick(worker, now).unwrap();
+    scheduler.set_params(tenant, params(1, 0, 0), now).unwrap();
+    scheduler
+        .set_params(tenant, params(1, 0, 250), now)
+        .unwrap();
+    // 50 µs beyond the burst of 10 ms take 200 µs at a quarter of a core.
+    let used = Nanos::from_micros(10_050);
+    scheduler
+        .charge(worker, used, SliceEnd::Preempted, now)
+        .unwrap();
+    let until = Nanos::from_micros(200);
+    assert_eq!(scheduler.pick(worker, now), Ok(Pick::Throttled { until }));
 }
 
 #[test]

@@ -7,9 +7,10 @@
 //! pairwise bound, with b of `meters::stray`, is
 //! |lag_i| ≤ b_i + w_i·Σ_j b_j / Σ_j w_j.
 
-use crate::meters::{fluid_rates, jain, stray};
+use crate::habit::Habit;
+use crate::meters::{fluid_rates, stray};
 use crate::prng::{Prng, for_each_seed};
-use crate::sim::{Habit, World, nanos_f64, params};
+use crate::sim::{World, nanos_f64, params};
 
 /// Hogs from the seed; returns the world and each one's (weight, jobs).
 fn hogs(seed: u64, weights: &[u32], enough_jobs: bool) -> (World, Vec<(u32, usize)>) {
@@ -94,9 +95,9 @@ fn unequal_tenants_stay_within_the_derived_bound() {
 }
 
 /// With few jobs a tenant cannot use its weight; the fluid is the one with the
-/// weights readjusted. A job whose tenant is due just more than one core loses
-/// what it waits for the end of others' slices, and cannot catch up by running
-/// faster: that is the 5 %. (Far from the edge it is below 1 %: see `longrun`.)
+/// weights readjusted. A tenant that is due almost as many cores as it has jobs
+/// can hardly catch up what it waits for the ends of others' slices; without
+/// the small credit for that (`CREDIT_QUANTA`) some here lose 14 %.
 #[test]
 fn tenants_with_few_jobs_stay_near_the_clamped_fluid() {
     for_each_seed(60, |seed| {
@@ -108,18 +109,15 @@ fn tenants_with_few_jobs_stay_near_the_clamped_fluid() {
         let rates = fluid_rates(world.config.workers, &wants);
         world.run_for(2_000);
         let bounds = derived_bounds(&world, &wants);
-        let mut normal = Vec::new();
         for (tenant, rate) in rates.iter().enumerate() {
             let served = nanos_f64(u64::try_from(world.service(tenant)).unwrap());
             let fluid = rate * nanos_f64(world.now);
             let lag = (fluid - served).abs();
             assert!(
-                lag <= bounds[tenant] + 0.05 * fluid,
+                lag <= bounds[tenant] + 0.01 * fluid,
                 "W={}: tenant {tenant} of {wants:?}: served {served} of {fluid}",
                 world.config.workers
             );
-            normal.push(served / fluid);
         }
-        assert!(jain(&normal) > 0.999);
     });
 }

@@ -1,7 +1,8 @@
 //! What an operator would measure.
 
+use crate::habit::Habit;
 use crate::meters::jain;
-use crate::sim::{Habit, World, params};
+use crate::sim::{World, params};
 
 const HOG: Habit = Habit::Hog {
     least: 80,
@@ -194,6 +195,20 @@ fn sleepers_hoard_nothing() {
     world.run_for(110);
     let rate = world.rate_since(hog, mark);
     assert!(rate > 0.98, "the hog got {rate} of its core");
+}
+
+/// Nor does being held back: when the limit is lifted, what the tenant was not
+/// allowed to use is not owed to it.
+#[test]
+fn the_throttled_hoard_nothing() {
+    let mut world = World::new(1, 9);
+    let hog = world.add(params(1_000, 0, 0), HOG, 4);
+    let limited = world.add(params(1_000, 0, 100), HOG, 4);
+    world.run_for(2_000);
+    world.set_params(limited, params(1_000, 0, 0));
+    let mark = world.mark(hog);
+    world.run_for(200);
+    assert_near("half", world.rate_since(hog, mark), 0.5, 0.02);
 }
 
 /// Ahead by 10 ms at weight 1 is 2.5 ms of virtual time at weight 4: the other

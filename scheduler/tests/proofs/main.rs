@@ -14,9 +14,11 @@
 
 mod api;
 mod fairness;
+mod habit;
 mod longrun;
 mod meters;
 mod model;
+mod model_parts;
 mod prng;
 mod sim;
 mod small;

@@ -11,7 +11,7 @@ pub(crate) fn stray(workers: usize, longest: u64, quantum: u64) -> Wide {
     spread * Wide::from(longest.max(quantum)) + Wide::from(longest)
 }
 
-/// SFQ's pairwise bound over every interval (Goyal et al., theorem 1, widened
+/// SFQ's pairwise bound over every interval (Goyal et al. 1996, widened
 /// to W workers): the difference D = S_i/w_i − S_j/w_j may move by at most
 /// b_i/w_i + b_j/w_j between any two moments. Kept multiplied by w_i·w_j.
 #[derive(Clone, Copy, Debug)]

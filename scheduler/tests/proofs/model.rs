@@ -4,115 +4,16 @@
 //! Exact only for shares and rates that are powers of two times the unit, so
 //! that both compute without rounding.
 
-use std::collections::{HashMap, VecDeque};
+use std::collections::HashMap;
 
 use insula_scheduler::{
     AddError, ChargeError, Class, Config, Fate, JobId, Nanos, Params, Pick, PickError, Scheduler,
     SliceEnd, TenantId, WorkerId,
 };
 
-const SCALE: i128 = 1 << 48;
-const DEBT_QUANTA: i128 = 16;
-const SCAN: usize = 16;
-const PASSED_OVER: usize = 16;
-const FRESH_RUN: usize = 32;
-
-/// Half nanoseconds: 2,000 millicores then cost 1 per nanosecond of service.
-#[derive(Clone, Copy, Debug)]
-struct Tag {
-    at: i128,
-    slack: i128,
-    per: i128,
-}
-
-impl Tag {
-    fn spend(&mut self, used: i128, now: i128) {
-        self.at = self.at.max(2 * now - self.slack) + used * self.per;
-    }
-
-    fn due(&self) -> i128 {
-        self.at.div_euclid(2) + self.at.rem_euclid(2)
-    }
-
-    fn carried(old: Option<Self>, new: Option<Self>, now: i128) -> Option<Self> {
-        let (Some(old), Some(mut new)) = (old, new) else {
-            return new;
-        };
-        let distance = (old.at - 2 * now) / old.per * new.per;
-        new.at = 2 * now + distance.max(-new.slack);
-        Some(new)
-    }
-}
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Stand {
-    Off,
-    Runnable,
-    Throttled,
-}
-
-#[derive(Clone, Debug, Default)]
-struct Lane {
-    jobs: VecDeque<(JobId, WorkerId)>,
-    passed_over: usize,
-}
-
-impl Lane {
-    fn take(&mut self, worker: WorkerId) -> (JobId, WorkerId) {
-        let local = self.jobs.iter().take(SCAN).position(|job| job.1 == worker);
-        let at = local
-            .filter(|_| self.passed_over < PASSED_OVER)
-            .unwrap_or(0);
-        self.passed_over = if at == 0 { 0 } else { self.passed_over + 1 };
-        self.jobs.remove(at).unwrap()
-    }
-
-    fn cancel(&mut self, job: JobId) -> bool {
-        let Some(at) = self.jobs.iter().position(|queued| queued.0 == job) else {
-            return false;
-        };
-        if at == 0 {
-            self.passed_over = 0;
-        }
-        self.jobs.remove(at).is_some()
-    }
-}
-
-#[derive(Clone, Debug)]
-struct RefTenant {
-    params: Params,
-    start: i128,
-    reservation: Option<Tag>,
-    limit: Option<Tag>,
-    lanes: [Lane; 2],
-    fresh_run: usize,
-    running: usize,
-    stand: Stand,
-    removed: bool,
-    charged: u64,
-    waited: i128,
-    throttled: i128,
-}
-
-impl RefTenant {
-    fn queued(&self) -> usize {
-        self.lanes.iter().map(|lane| lane.jobs.len()).sum()
-    }
-
-    fn slope(&self) -> i128 {
-        SCALE / i128::from(self.params.shares.get())
-    }
-}
-
-#[derive(Clone, Copy, Debug)]
-struct RefSlice {
-    key: usize,
-    job: JobId,
-    home: WorkerId,
-    reserved: bool,
-    shared: bool,
-    limited: bool,
-}
+use crate::model_parts::{
+    CREDIT_QUANTA, DEBT_QUANTA, FRESH_RUN, Lane, RefSlice, RefTenant, Stand, Tag,
+};
 
 /// The real scheduler and the reference, driven together.
 #[derive(Clone, Debug)]
@@ -218,8 +119,12 @@ impl Twin {
             (_, true) => Stand::Throttled,
             (_, false) => Stand::Runnable,
         };
-        if stand == Stand::Runnable && tenant.stand != Stand::Runnable {
+        if stand == Stand::Runnable && tenant.stand == Stand::Throttled {
             tenant.start = tenant.start.max(self.virtual_time);
+        }
+        if stand == Stand::Runnable && tenant.stand == Stand::Off {
+            let credit = CREDIT_QUANTA * wide(self.config.quantum) * tenant.slope();
+            tenant.start = tenant.start.max(self.virtual_time - credit);
         }
         tenant.stand = stand;
     }
@@ -317,11 +222,11 @@ impl Twin {
             return;
         };
         let tenant = &mut self.tenants[key];
-        if tenant.queued() == 0
-            && tenant.running == 0
-            && let Some(tag) = &mut tenant.reservation
-        {
-            tag.at = tag.at.max(2 * self.now);
+        if tenant.queued() == 0 && tenant.running == 0 {
+            tenant.start = tenant.start.max(self.virtual_time);
+            if let Some(tag) = &mut tenant.reservation {
+                tag.at = tag.at.max(2 * self.now);
+            }
         }
         tenant.lanes[0].jobs.push_back((job, home));
         self.place(key);

@@ -2,9 +2,10 @@
 //! busy, work conservation, limits and the waiting integrals; here: the
 //! pairwise bound, reservations, starvation.
 
+use crate::habit::Habit;
 use crate::meters::{PairMeter, ReservationMeter, Wide, stray};
 use crate::prng::for_each_seed;
-use crate::sim::{Habit, World, params};
+use crate::sim::{World, params};
 
 const STEPS: usize = 6_000;
 
