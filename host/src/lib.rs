@@ -8,6 +8,7 @@
 //! * [`control`]: the admin API
 //! * [`data`]: the data plane, put together
 //! * [`state`]: intent, kept in SQLite and blobs
+//! * [`serve`]: both planes, started and drained
 #![deny(unsafe_code)]
 
 pub mod config;
@@ -17,4 +18,5 @@ pub mod engine;
 pub mod ingress;
 pub mod messages;
 pub mod pool;
+pub mod serve;
 pub mod state;

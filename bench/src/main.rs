@@ -1,0 +1,69 @@
+//! `insula-bench`: what Insula costs, beside what others cost.
+//!
+//! Every figure is taken in one interleaved run with its peers, on the same cores, by the same
+//! client, several times; what counts is the ratio of medians, not the microseconds of one machine.
+//!
+//! * [`cost`]: server CPU per request of a small service
+//! * [`servers`]: who takes part, and how each is started; [`insula`] and [`floor`] in particular
+//! * [`load`], [`response`]: the client
+//! * [`process`], [`cores`]: processes that we start, what they used, and where they may run
+//! * [`report`], [`plot`], [`stats`]: what is made of it
+//!
+//! It looks at all servers from outside, through their sockets and the kernel's books, and depends
+//! on no crate of ours. All traffic stays on the loopback interface.
+#![forbid(unsafe_code)]
+
+mod cores;
+mod cost;
+mod floor;
+mod http;
+mod insula;
+mod load;
+mod peers;
+mod plot;
+mod process;
+mod report;
+mod response;
+mod servers;
+mod stats;
+
+use std::io::Write;
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+
+/// What Insula costs, beside what others cost.
+#[derive(Debug, Parser)]
+#[command(name = "insula-bench")]
+struct Arguments {
+    #[command(subcommand)]
+    verb: Verb,
+}
+
+#[derive(Debug, Subcommand)]
+enum Verb {
+    /// Server CPU per request of `hello`: a fresh instance for each, everything on
+    Cost(cost::Options),
+    /// The floor: raw hyper, no Wasm. `cost` starts it for itself
+    #[command(hide = true)]
+    Floor(floor::Options),
+}
+
+fn main() -> ExitCode {
+    let result = match Arguments::parse().verb {
+        Verb::Cost(options) => cost::run(&options),
+        Verb::Floor(options) => floor::run(&options),
+    };
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            say(&format!("error: {error:#}"));
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// To whoever waits. A closed terminal is no reason to stop.
+fn say(line: &str) {
+    let _ = writeln!(std::io::stderr().lock(), "{line}");
+}

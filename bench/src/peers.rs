@@ -1,0 +1,78 @@
+//! Programs of others that we measure ourselves against, and where they are.
+
+use std::env;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use anyhow::{Context, Result, bail};
+
+/// The same as the wasmtime that we are built on: `host/src/engine/config.rs`.
+const WASMTIME_VERSION: &str = "48.0.8";
+const WASMTIME_VARIABLE: &str = "INSULA_BENCH_WASMTIME";
+
+/// The root of this repository.
+pub(crate) fn repository() -> &'static Path {
+    let bench = Path::new(env!("CARGO_MANIFEST_DIR"));
+    bench.parent().unwrap_or(bench)
+}
+
+/// Whether a peer that is missing may be built. It takes minutes and the network.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Missing {
+    Refused,
+    Installed,
+}
+
+/// The `wasmtime` to measure.
+pub(crate) fn wasmtime(missing: Missing) -> Result<PathBuf> {
+    let program = match env::var_os(WASMTIME_VARIABLE) {
+        Some(path) => PathBuf::from(path),
+        None => {
+            let root = repository().join("target/peers/wasmtime");
+            let program = root.join("bin/wasmtime");
+            if !program.exists() && missing == Missing::Installed {
+                install_wasmtime(&root)?;
+            }
+            program
+        }
+    };
+    let output = Command::new(&program)
+        .arg("--version")
+        .output()
+        .with_context(|| {
+            let program = program.display();
+            format!("{program}: --install-peers builds it, {WASMTIME_VARIABLE} names another")
+        })?;
+    let said = String::from_utf8_lossy(&output.stdout);
+    if !said.split_whitespace().any(|word| word == WASMTIME_VERSION) {
+        let program = program.display();
+        bail!("{program} is {said:?}: only {WASMTIME_VERSION} is compared, the version we run");
+    }
+    Ok(program)
+}
+
+fn install_wasmtime(root: &Path) -> Result<()> {
+    crate::say(&format!(
+        "building wasmtime {WASMTIME_VERSION} into {}",
+        root.display()
+    ));
+    let status = Command::new(env::var_os("CARGO").unwrap_or_else(|| "cargo".into()))
+        .args(["install", "wasmtime-cli", "--locked"])
+        .args(["--version", WASMTIME_VERSION, "--root"])
+        .arg(root)
+        .status()
+        .context("starting cargo")?;
+    if !status.success() {
+        bail!("cargo install wasmtime-cli: {status}");
+    }
+    Ok(())
+}
+
+/// A file of the repository that something else builds.
+pub(crate) fn built(path: &str, how: &str) -> Result<PathBuf> {
+    let file = repository().join(path);
+    if !file.exists() {
+        bail!("{path} is missing: {how} makes it");
+    }
+    Ok(file)
+}

@@ -1,0 +1,174 @@
+//! `insula serve`: the host in this process.
+//!
+//! 1. Configuration: flags, environment, file.
+//! 2. Logging to stderr.
+//! 3. As many file descriptors as the system lets us have.
+//! 4. The host starts; both addresses are printed, then `ready`.
+//! 5. A run file tells this user's other processes where the token is (see [`crate::access`]).
+//! 6. SIGTERM, SIGINT, or the end of stdin where that was asked for: the host drains.
+//! 7. A second signal: the process ends at once, with what still runs.
+//! 8. The run file goes, and a temporary directory with it.
+
+use std::io::Read;
+use std::path::Path;
+
+use anyhow::{Context, Result, anyhow, bail};
+use insula_host::serve::Host;
+use rustix::process::{Resource, getrlimit, setrlimit};
+use tempfile::TempDir;
+use tokio::runtime::Runtime;
+use tokio::signal::unix::{Signal, SignalKind, signal};
+use tokio::sync::oneshot;
+use tracing_subscriber::EnvFilter;
+
+use crate::UsageError;
+use crate::access::{Registration, default_data_dir};
+use crate::args::ServeArgs;
+use crate::config::{Data, Settings, resolve};
+use crate::output::{self, Style};
+
+pub(crate) fn run(args: ServeArgs) -> Result<()> {
+    let settings = settings(&args)?;
+    start_logging(&settings.log);
+    raise_file_limit();
+    let mut config = settings.host;
+    let temporary = match settings.data {
+        Data::At(dir) => {
+            config.data_dir = dir;
+            None
+        }
+        Data::Temporary => {
+            let dir = TempDir::with_prefix("insula-").context("no temporary directory")?;
+            config.data_dir = dir.path().to_owned();
+            Some(dir)
+        }
+    };
+    let data_dir = config.data_dir.clone();
+    let signals = Signals::new()?;
+    let host = Host::start(config).context("the host did not start")?;
+    // An absolute path: whoever reads it may stand elsewhere.
+    let data_dir = std::path::absolute(&data_dir).unwrap_or(data_dir);
+    let registration = Registration::new(host.admin(), &data_dir)
+        .inspect_err(|error| tracing::warn!(%error, "other commands have to be told the token"))
+        .ok();
+    announce(&host, &data_dir)?;
+    signals.wait_and_drain(host, args.until_stdin_ends)?;
+    drop(registration);
+    drop(temporary);
+    Ok(())
+}
+
+fn settings(args: &ServeArgs) -> Result<Settings> {
+    let text = match &args.config {
+        Some(path) => {
+            let text = std::fs::read_to_string(path)
+                .map_err(|error| UsageError(format!("{}: {error}", path.display())))?;
+            Some((path.as_path(), text))
+        }
+        None => None,
+    };
+    let file = text.as_ref().map(|(path, text)| (*path, text.as_str()));
+    let settings = resolve(args, file, default_data_dir())
+        .map_err(|mistakes| UsageError(mistakes.to_string()))?;
+    Ok(settings)
+}
+
+fn start_logging(filter: &str) {
+    let ansi = Style::of(&std::io::stderr()) == Style::Colour;
+    tracing_subscriber::fmt()
+        .with_env_filter(EnvFilter::new(filter))
+        .with_writer(std::io::stderr)
+        .with_ansi(ansi)
+        .init();
+}
+
+/// Every connection is a file descriptor; the soft limit of a shell is far too low for a server.
+fn raise_file_limit() {
+    let mut limit = getrlimit(Resource::Nofile);
+    if limit.current == limit.maximum {
+        return;
+    }
+    limit.current = limit.maximum;
+    if let Err(error) = setrlimit(Resource::Nofile, limit) {
+        tracing::warn!(%error, "the limit on open files stays as it is");
+    }
+}
+
+/// Read by people, and by `insula up` and tests: a word, then a value.
+fn announce(host: &Host, data_dir: &Path) -> Result<()> {
+    output::print(&format!(
+        "ingress http://{}\nadmin   http://{}\ndata    {}\nready\n",
+        host.ingress(),
+        host.admin(),
+        data_dir.display()
+    ))?;
+    Ok(())
+}
+
+/// Listens to signals from its making on, so that none is lost between `ready` and the wait.
+struct Signals {
+    runtime: Runtime,
+    terminate: Signal,
+    interrupt: Signal,
+}
+
+impl Signals {
+    fn new() -> Result<Self> {
+        let runtime = tokio::runtime::Builder::new_current_thread()
+            .enable_all()
+            .build()?;
+        let guard = runtime.enter();
+        let terminate = signal(SignalKind::terminate())?;
+        let interrupt = signal(SignalKind::interrupt())?;
+        drop(guard);
+        Ok(Self {
+            runtime,
+            terminate,
+            interrupt,
+        })
+    }
+
+    fn wait_and_drain(self, host: Host, until_stdin_ends: bool) -> Result<()> {
+        let Self {
+            runtime,
+            mut terminate,
+            mut interrupt,
+        } = self;
+        let result = runtime.block_on(async {
+            // All three only wait; whichever is first wins, and the others hold nothing.
+            let why = tokio::select! {
+                _ = terminate.recv() => "SIGTERM",
+                _ = interrupt.recv() => "SIGINT",
+                () = stdin_end(), if until_stdin_ends => "stdin ended",
+            };
+            tracing::info!(why, "draining");
+            let drained = tokio::task::spawn_blocking(move || host.shutdown());
+            // Cancelling the first branch does not stop the shutdown; the process ends instead.
+            tokio::select! {
+                done = drained => done.map_err(|error| anyhow!("the shutdown failed: {error}")),
+                _ = terminate.recv() => impatient(),
+                _ = interrupt.recv() => impatient(),
+            }
+        });
+        // What still drains after a second signal must not hold the end up.
+        runtime.shutdown_background();
+        result
+    }
+}
+
+fn impatient() -> Result<()> {
+    bail!("a second signal: ended with requests still running")
+}
+
+/// Waits for the end of stdin on a thread of its own, which may outlive the wait: nothing can
+/// interrupt a read.
+async fn stdin_end() {
+    let (ended, wait) = oneshot::channel();
+    std::thread::spawn(move || {
+        let mut buffer = [0; 256];
+        let mut stdin = std::io::stdin().lock();
+        while matches!(stdin.read(&mut buffer), Ok(1..)) {}
+        let _ = ended.send(());
+    });
+    let _ = wait.await;
+}

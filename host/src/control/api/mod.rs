@@ -1,0 +1,9 @@
+//! The handlers, one file per resource.
+
+pub(super) mod host;
+pub(super) mod services;
+pub(super) mod streams;
+pub(super) mod tenants;
+pub(super) mod tokens;
+pub(super) mod usage;
+pub(super) mod versions;

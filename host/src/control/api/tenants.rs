@@ -1,0 +1,95 @@
+//! Tenants.
+
+use std::rc::Rc;
+
+use http::StatusCode;
+use http::header::LOCATION;
+use insula_types::TenantSpec;
+
+use crate::control::http_types::{Call, Reply, list};
+use crate::control::problem::Answer;
+use crate::control::{Control, documents};
+use crate::messages::ToData;
+use crate::state::{Listed, Put, Scope, Timestamp};
+
+/// A tenant's token sees its own tenant only.
+pub(crate) async fn index(control: Rc<Control>, call: Call) -> Answer {
+    let page = call.page()?;
+    let tenants = match call.caller()?.scope.clone() {
+        Scope::Host => control.store(move |store| store.tenants(&page)).await?,
+        Scope::Tenant(_, name) => {
+            let own = control.store(move |store| store.tenant(&name)).await?;
+            Listed {
+                items: vec![own],
+                next: None,
+            }
+        }
+    };
+    Ok(list(
+        tenants.items.iter().map(documents::tenant).collect(),
+        tenants.next,
+    ))
+}
+
+pub(crate) async fn get(control: Rc<Control>, call: Call) -> Answer {
+    let name = call.tenant()?;
+    let tenant = control.store(move |store| store.tenant(&name)).await?;
+    Ok(Reply::ok(&documents::tenant(&tenant)).etag(tenant.generation))
+}
+
+pub(crate) async fn put(control: Rc<Control>, mut call: Call) -> Answer {
+    let name = call.tenant()?;
+    let precondition = call.precondition()?;
+    let spec: TenantSpec = call
+        .spec(name.as_str(), documents::TENANT_READ_ONLY)
+        .await?;
+    let capacity = control.config.capacity_millicores();
+    let _mutation = control.mutation.lock().await;
+    let put = control
+        .store(move |store| {
+            store.put_tenant(&name, &spec, precondition, capacity, Timestamp::now())
+        })
+        .await?;
+    let tenant = put.record();
+    control.ledger.borrow_mut().add_tenant(tenant.id);
+    let body = ToData::Tenant {
+        id: tenant.id,
+        name: tenant.name.clone(),
+        spec: tenant.spec.clone(),
+    };
+    control.link.apply(body).await?;
+    let document = documents::tenant(tenant);
+    let reply = match &put {
+        Put::Created(_) => {
+            control.events.tenant("tenant.created", tenant);
+            Reply::json(StatusCode::CREATED, &document).header(LOCATION, &call.path)
+        }
+        Put::Changed(_) => {
+            control.events.tenant("tenant.updated", tenant);
+            Reply::ok(&document)
+        }
+        Put::Unchanged(_) => Reply::ok(&document),
+    };
+    Ok(reply.etag(tenant.generation))
+}
+
+/// Deletes the tenant with its services and tokens.
+pub(crate) async fn delete(control: Rc<Control>, call: Call) -> Answer {
+    let name = call.tenant()?;
+    let precondition = call.precondition()?;
+    let _mutation = control.mutation.lock().await;
+    let services = control.all_services(&name).await?;
+    let deleted = control
+        .store(move |store| store.delete_tenant(&name, precondition))
+        .await?;
+    let tenant = deleted.record;
+    let applied = control.link.apply(ToData::DropTenant(tenant.id)).await;
+    control.ledger.borrow_mut().remove_tenant(tenant.id);
+    for service in services {
+        control.logs.borrow_mut().remove_service(service.id);
+    }
+    control.remove_files(deleted.unreferenced).await;
+    control.events.tenant("tenant.deleted", &tenant);
+    applied?;
+    Ok(Reply::no_content())
+}

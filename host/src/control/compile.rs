@@ -1,0 +1,354 @@
+//! Compiling in child processes, a few at a time.
+//!
+//! ```text
+//!  ticket (per tenant and in all, else 429/503) → upload → lane (one compile per tenant)
+//!    → a free compiler thread → child: component on stdin, artefact on stdout → seal → fsync
+//! ```
+//!
+//! The child limits its own memory and CPU; this side limits its time, what it may say, and ends
+//! it when the host stops.
+
+use std::cell::{Cell, RefCell};
+use std::collections::HashMap;
+use std::ffi::OsString;
+use std::fs::File;
+use std::io::{PipeReader, PipeWriter, Read};
+use std::os::unix::process::ExitStatusExt;
+use std::path::PathBuf;
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::rc::Rc;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use insula_types::{Digest, TenantId};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::process::{Pid, PidfdFlags, pidfd_open};
+use serde::Deserialize;
+use tokio::sync::Semaphore;
+
+use super::problem::{Code, Problem};
+use crate::state::Worker;
+use crate::state::blobs::Unplaced;
+
+/// Compilations at once.
+pub(crate) const COMPILES_MAX: usize = 2;
+/// Uploads of one tenant that are received, wait or compile.
+pub(crate) const UPLOADS_PER_TENANT_MAX: usize = 4;
+/// Uploads of all tenants that are received, wait or compile.
+pub(crate) const UPLOADS_MAX: usize = 32;
+/// How much of the child's standard error is kept.
+const STDERR_MAX_BYTES: usize = 64 << 10;
+/// Largest artefact that is taken from the child.
+const ARTEFACT_MAX_BYTES: u64 = 512 << 20;
+/// The child's exit code for a component at fault.
+const REFUSED: i32 = 3;
+
+/// How to start the compiler.
+#[derive(Debug, Clone)]
+pub struct Compiler {
+    /// The program; the host's own by default.
+    pub program: PathBuf,
+    /// Its arguments.
+    pub arguments: Vec<OsString>,
+    /// How long it may take.
+    pub timeout: Duration,
+}
+
+impl Default for Compiler {
+    fn default() -> Self {
+        Self {
+            program: PathBuf::from("/proc/self/exe"),
+            arguments: vec![OsString::from("compile-component")],
+            timeout: Duration::from_secs(60),
+        }
+    }
+}
+
+/// Makes an artefact trustworthy: adds what [`crate::engine::artefact::open`] checks.
+pub type Seal = Arc<dyn Fn(&Digest, &[u8]) -> Vec<u8> + Send + Sync>;
+
+/// Why there is no artefact.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum CompileError {
+    #[error("{detail}")]
+    Refused { code: Code, detail: String },
+    #[error("the compiler was stopped: {0}")]
+    Limit(String),
+    #[error("the compiler failed ({status}): {stderr}")]
+    Failed { status: ExitStatus, stderr: String },
+    #[error("the host is stopping")]
+    Stopping,
+    #[error("the compiler could not be run: {0}")]
+    Io(#[from] std::io::Error),
+}
+
+impl From<CompileError> for Problem {
+    fn from(error: CompileError) -> Self {
+        match error {
+            CompileError::Refused { code, detail } => Self::new(code, detail),
+            CompileError::Limit(detail) => Self::new(Code::CompileLimit, detail),
+            CompileError::Stopping => Self::new(Code::Stopping, error),
+            CompileError::Failed { .. } | CompileError::Io(_) => {
+                tracing::error!(%error, "a compilation failed");
+                Self::new(Code::CompileFailed, "the host's log says why")
+            }
+        }
+    }
+}
+
+/// What one compiler thread owns.
+struct Bench {
+    compiler: Compiler,
+    seal: Seal,
+    /// Ends, and so becomes readable, when the host stops.
+    stop: PipeReader,
+}
+
+/// A job for a compiler thread: two empty files and the component.
+pub(crate) struct CompileJob {
+    pub(crate) component: File,
+    pub(crate) digest: Digest,
+    pub(crate) raw: Unplaced,
+    pub(crate) sealed: Unplaced,
+}
+
+/// An artefact that is synced but not in its place.
+#[derive(Debug)]
+pub(crate) struct Compiled {
+    pub(crate) artefact: Unplaced,
+    pub(crate) compile_ms: u64,
+}
+
+/// The compiler threads and who waits for them.
+pub(crate) struct Compilers {
+    idle: RefCell<Vec<Worker<Bench>>>,
+    permits: Semaphore,
+    lanes: RefCell<HashMap<TenantId, (usize, Rc<Semaphore>)>>,
+    uploads: Cell<usize>,
+    stop: RefCell<Option<PipeWriter>>,
+}
+
+impl Compilers {
+    pub(crate) fn start(compiler: &Compiler, seal: &Seal) -> std::io::Result<Self> {
+        // The kernel keeps 15 bytes of a name.
+        const NAMES: [&str; COMPILES_MAX] = ["insula-compile0", "insula-compile1"];
+        let (reader, writer) = std::io::pipe()?;
+        let mut idle = Vec::new();
+        for name in NAMES {
+            let bench = Bench {
+                compiler: compiler.clone(),
+                seal: Arc::clone(seal),
+                stop: reader.try_clone()?,
+            };
+            idle.push(Worker::start(name, bench)?);
+        }
+        Ok(Self {
+            permits: Semaphore::new(idle.len()),
+            idle: RefCell::new(idle),
+            lanes: RefCell::default(),
+            uploads: Cell::new(0),
+            stop: RefCell::new(Some(writer)),
+        })
+    }
+
+    /// Ends the children that run.
+    pub(crate) fn stop(&self) {
+        self.stop.borrow_mut().take();
+        self.permits.close();
+    }
+
+    /// A place for an upload, before its first byte is read.
+    pub(crate) fn enter(self: &Rc<Self>, tenant: TenantId) -> Result<Ticket, Problem> {
+        if self.uploads.get() >= UPLOADS_MAX {
+            let detail = format!("{UPLOADS_MAX} uploads are in progress");
+            return Err(Problem::new(Code::HostBusy, detail).retry_after(5));
+        }
+        let mut lanes = self.lanes.borrow_mut();
+        let (users, lane) = lanes
+            .entry(tenant)
+            .or_insert_with(|| (0, Rc::new(Semaphore::new(1))));
+        if *users >= UPLOADS_PER_TENANT_MAX {
+            let detail = format!("{UPLOADS_PER_TENANT_MAX} uploads of this tenant are in progress");
+            return Err(Problem::new(Code::TenantBusy, detail).retry_after(2));
+        }
+        *users += 1;
+        let lane = Rc::clone(lane);
+        self.uploads.set(self.uploads.get() + 1);
+        Ok(Ticket {
+            compilers: Rc::clone(self),
+            tenant,
+            lane,
+        })
+    }
+
+    async fn run(&self, job: CompileJob) -> Result<Compiled, Problem> {
+        let stopping = |_| Problem::from(CompileError::Stopping);
+        let _permit = self.permits.acquire().await.map_err(stopping)?;
+        // As many workers as permits; one that panicked is not put back, and its permit goes too.
+        let worker = self.idle.borrow_mut().pop();
+        let worker = worker.ok_or_else(|| Problem::internal(&"no compiler thread is left"))?;
+        let compiled = worker.run(move |bench| bench.compile(job)).await?;
+        self.idle.borrow_mut().push(worker);
+        Ok(compiled?)
+    }
+}
+
+/// A place among the uploads; given back when dropped.
+pub(crate) struct Ticket {
+    compilers: Rc<Compilers>,
+    tenant: TenantId,
+    lane: Rc<Semaphore>,
+}
+
+impl Ticket {
+    /// Compiles, after the tenant's other compilations.
+    pub(crate) async fn compile(&self, job: CompileJob) -> Result<Compiled, Problem> {
+        let _turn = self
+            .lane
+            .acquire()
+            .await
+            .map_err(|error| Problem::internal(&error))?;
+        self.compilers.run(job).await
+    }
+}
+
+impl Drop for Ticket {
+    fn drop(&mut self) {
+        self.compilers.uploads.set(self.compilers.uploads.get() - 1);
+        let mut lanes = self.compilers.lanes.borrow_mut();
+        if let Some((users, _)) = lanes.get_mut(&self.tenant) {
+            *users -= 1;
+            if *users == 0 {
+                lanes.remove(&self.tenant);
+            }
+        }
+    }
+}
+
+impl Bench {
+    fn compile(&self, mut job: CompileJob) -> Result<Compiled, CompileError> {
+        let begun = Instant::now();
+        self.run_child(job.component, job.raw.writer()?)?;
+        let mut artefact = Vec::new();
+        job.raw
+            .reader()?
+            .take(ARTEFACT_MAX_BYTES + 1)
+            .read_to_end(&mut artefact)?;
+        if artefact.len() as u64 > ARTEFACT_MAX_BYTES {
+            let detail = format!("the compiled code is larger than {ARTEFACT_MAX_BYTES} bytes");
+            return Err(CompileError::Limit(detail));
+        }
+        job.sealed.write(&(self.seal)(&job.digest, &artefact))?;
+        job.sealed.sync()?;
+        let compile_ms = u64::try_from(begun.elapsed().as_millis()).unwrap_or(u64::MAX);
+        Ok(Compiled {
+            artefact: job.sealed,
+            compile_ms,
+        })
+    }
+
+    fn run_child(&self, component: File, artefact: File) -> Result<(), CompileError> {
+        let child = Command::new(&self.compiler.program)
+            .args(&self.compiler.arguments)
+            .env_clear()
+            .current_dir("/")
+            .stdin(component)
+            .stdout(artefact)
+            .stderr(Stdio::piped())
+            .spawn()?;
+        let mut child = Reaped(child);
+        let stderr = self.watch(&mut child)?;
+        let status = child.0.wait()?;
+        let stderr = String::from_utf8_lossy(&stderr).into_owned();
+        match (status.code(), status.signal()) {
+            (Some(0), _) => Ok(()),
+            (Some(REFUSED), _) => Err(refusal(status, stderr)),
+            (None, Some(signal)) => Err(CompileError::Limit(format!(
+                "it was ended by signal {signal}: the component needs more memory or CPU time to \
+                 compile than is allowed"
+            ))),
+            _ => Err(CompileError::Failed { status, stderr }),
+        }
+    }
+
+    /// Reads standard error until the child has ended, it takes too long or the host stops.
+    fn watch(&self, child: &mut Reaped) -> Result<Vec<u8>, CompileError> {
+        let deadline = Instant::now() + self.compiler.timeout;
+        let pid = i32::try_from(child.0.id()).ok().and_then(Pid::from_raw);
+        let pid = pid.ok_or_else(|| std::io::Error::other("a child without a pid"))?;
+        let ended = pidfd_open(pid, PidfdFlags::empty()).map_err(std::io::Error::from)?;
+        let piped = child.0.stderr.take();
+        let mut stderr = piped.ok_or_else(|| std::io::Error::other("stderr is not piped"))?;
+        let (mut kept, mut chunk) = (Vec::new(), [0; 4096]);
+        let mut open = true;
+        loop {
+            let left = deadline.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                let limit = self.compiler.timeout.as_secs_f32();
+                return Err(CompileError::Limit(format!(
+                    "it took longer than {limit} s"
+                )));
+            }
+            let timeout = Timespec::try_from(left).map_err(std::io::Error::other)?;
+            let mut fds = [
+                PollFd::new(&ended, PollFlags::IN),
+                PollFd::new(&self.stop, PollFlags::IN),
+                PollFd::new(&stderr, PollFlags::IN),
+            ];
+            let watched = if open { &mut fds[..] } else { &mut fds[..2] };
+            match poll(watched, Some(&timeout)) {
+                Err(rustix::io::Errno::INTR) => continue,
+                result => result.map_err(std::io::Error::from)?,
+            };
+            let [ended, stop, said] = fds.map(|fd| !fd.revents().is_empty());
+            if stop {
+                return Err(CompileError::Stopping);
+            }
+            // What was said is read before the end is believed, so that nothing is lost.
+            if open && said {
+                let count = stderr.read(&mut chunk)?;
+                open = count > 0;
+                let room = STDERR_MAX_BYTES - kept.len();
+                kept.extend_from_slice(&chunk[..count.min(room)]);
+            } else if ended {
+                return Ok(kept);
+            }
+        }
+    }
+}
+
+/// A child that is killed and reaped whatever happens.
+struct Reaped(Child);
+
+impl Drop for Reaped {
+    fn drop(&mut self) {
+        // Both fail only when it has ended and was reaped.
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+#[derive(Deserialize)]
+struct Report {
+    code: String,
+    detail: String,
+}
+
+/// The child's last line says what is wrong with the component.
+fn refusal(status: ExitStatus, stderr: String) -> CompileError {
+    let last = stderr.lines().rev().find(|line| !line.trim().is_empty());
+    let Some(report) = last.and_then(|line| serde_json::from_str::<Report>(line).ok()) else {
+        return CompileError::Failed { status, stderr };
+    };
+    let known = [
+        Code::UnsupportedImport,
+        Code::WrongWorld,
+        Code::TooComplex,
+        Code::CompileLimit,
+    ];
+    let code = known.into_iter().find(|code| code.as_str() == report.code);
+    CompileError::Refused {
+        code: code.unwrap_or(Code::InvalidComponent),
+        detail: report.detail,
+    }
+}

@@ -1,0 +1,337 @@
+//! From uploaded bytes to a version that serves.
+//!
+//! ```text
+//!  ticket → receive (hash, cap) ─▶ compile in a child ─▶ seal, fsync
+//!                                                         │ under the mutation lock
+//!                      place blob, place artefact ◀───────┘
+//!                      transaction: the commit point
+//!                      data: Service, wait for Done ─▶ 201
+//! ```
+//!
+//! A crash before the transaction leaves files that the next start removes; after it, the next
+//! start serves the version. Data's refusal takes the activation back.
+
+use std::rc::Rc;
+
+use insula_types::{Digest, ServiceId, TenantId, VersionNumber};
+
+use super::Control;
+use super::compile::{CompileJob, Compiled, Ticket};
+use super::http_types::{Call, next_chunk, too_large};
+use super::link::LinkError;
+use super::problem::{Code, Problem};
+use crate::config::COMPONENT_MAX;
+use crate::messages::{ActiveVersion, Refusal, ServiceIntent, ToData};
+use crate::state::blobs::{Kind, Unplaced};
+use crate::state::{Active, AddedVersion, NewVersion, Service, Timestamp, Worker};
+
+/// Longest time for a whole upload: 64 MiB at 1 Mbit/s.
+const UPLOAD_TOTAL: std::time::Duration = std::time::Duration::from_secs(600);
+
+/// Receives a component under a temporary name.
+pub(crate) async fn receive(control: &Control, call: &mut Call) -> Result<Unplaced, Problem> {
+    let max = COMPONENT_MAX.get();
+    call.expect_length(max)?;
+    let receiving = async {
+        let mut file = control.files.run(|files| files.create()).await??;
+        while let Some(chunk) = next_chunk(&mut call.body).await? {
+            if file.size_bytes() + chunk.len() as u64 > max {
+                return Err(too_large(max));
+            }
+            let written = control
+                .files
+                .run(move |_| file.write(&chunk).map(|()| file))
+                .await?;
+            file = written?;
+        }
+        Ok(file)
+    };
+    let late = |_| Problem::new(Code::BodyTimeout, "the upload took too long");
+    tokio::time::timeout(UPLOAD_TOTAL, receiving)
+        .await
+        .map_err(late)?
+}
+
+/// A component whose artefact is there or on its way.
+#[derive(Debug)]
+pub(crate) struct Prepared {
+    pub(crate) digest: Digest,
+    size_bytes: u64,
+    compile_ms: u64,
+    component: Unplaced,
+    artefact: Option<Unplaced>,
+}
+
+/// Compiles an upload unless its artefact is there already, and makes it durable.
+pub(crate) async fn prepare(
+    control: &Control,
+    ticket: &Ticket,
+    component: Unplaced,
+) -> Result<Prepared, Problem> {
+    let digest = component.digest();
+    let size_bytes = component.size_bytes();
+    let compiled = if has_artefact(control, digest).await? {
+        None
+    } else {
+        Some(compile(control, ticket, digest, component.reader()?).await?)
+    };
+    let component = control
+        .files
+        .run(move |_| component.sync().map(|()| component))
+        .await??;
+    let compile_ms = compiled.as_ref().map_or(0, |compiled| compiled.compile_ms);
+    let artefact = compiled.map(|compiled| compiled.artefact);
+    Ok(Prepared {
+        digest,
+        size_bytes,
+        compile_ms,
+        component,
+        artefact,
+    })
+}
+
+async fn has_artefact(control: &Control, digest: Digest) -> Result<bool, Problem> {
+    let found = control
+        .files
+        .run(move |files| files.find(Kind::Artefact, &digest))
+        .await?;
+    Ok(found?.is_some())
+}
+
+async fn compile(
+    control: &Control,
+    ticket: &Ticket,
+    digest: Digest,
+    component: std::fs::File,
+) -> Result<Compiled, Problem> {
+    let (raw, sealed) = control
+        .files
+        .run(|files| files.create().and_then(|a| Ok((a, files.create()?))))
+        .await??;
+    ticket
+        .compile(CompileJob {
+            component,
+            digest,
+            raw,
+            sealed,
+        })
+        .await
+}
+
+/// A version that was committed, and whether it serves.
+#[derive(Debug)]
+pub(crate) struct Deployed {
+    pub(crate) added: AddedVersion,
+    pub(crate) active: bool,
+}
+
+/// Puts a prepared component in its place, commits it as a new version and lets it serve.
+pub(crate) async fn commit(
+    control: &Control,
+    service: ServiceId,
+    prepared: Prepared,
+    activate: bool,
+) -> Result<Deployed, Problem> {
+    let Prepared {
+        digest,
+        size_bytes,
+        compile_ms,
+        component,
+        artefact,
+    } = prepared;
+    let _mutation = control.mutation.lock().await;
+    let placed = control.files.run(move |files| {
+        if files.find(Kind::Component, &digest)?.is_none() {
+            files.place(Kind::Component, &digest, component)?;
+        }
+        if let Some(artefact) = artefact {
+            files.place(Kind::Artefact, &digest, artefact)?;
+        }
+        std::io::Result::Ok(files.find(Kind::Artefact, &digest)?.is_some())
+    });
+    if !placed.await?? {
+        // An identical version was there when this one was uploaded, and was deleted since.
+        let detail = "an identical version was deleted meanwhile; upload once more";
+        return Err(Problem::new(Code::HostBusy, detail).retry_after(1));
+    }
+    let upload = NewVersion {
+        digest,
+        size: insula_types::Bytes::new(size_bytes).map_err(|error| Problem::internal(&error))?,
+        compile_ms,
+    };
+    let now = Timestamp::now();
+    let added = control.store(move |store| store.add_version(service, &upload, activate, now));
+    let added = match added.await {
+        Ok(added) => added,
+        Err(problem) => {
+            // The service was deleted meanwhile: its files may have no other user.
+            control.remove_unreferenced(digest).await;
+            return Err(problem);
+        }
+    };
+    control.remove_files(added.unreferenced.clone()).await;
+    let number = added.version.number;
+    control
+        .events
+        .service("version.created", &added.service, Some(number));
+    if activate {
+        bring_into_effect(control, &added.before, &added.service).await?;
+        control
+            .events
+            .service("version.activated", &added.service, Some(number));
+    }
+    Ok(Deployed {
+        added,
+        active: activate,
+    })
+}
+
+/// Makes another version of a service the active one.
+pub(crate) async fn activate(
+    control: &Rc<Control>,
+    service: &Service,
+    number: VersionNumber,
+) -> Result<Service, Problem> {
+    let id = service.id;
+    let version = control
+        .store(move |store| store.version(id, number))
+        .await?;
+    ensure_artefact(control, service.tenant, version.digest).await?;
+    let _mutation = control.mutation.lock().await;
+    let (tenant, name) = (service.tenant_name.clone(), service.name.clone());
+    let changed = control.store(move |store| {
+        let before = store.service(&tenant, &name)?;
+        let old = before.active.map(|active| active.number);
+        if old == Some(number) {
+            return Ok((before.clone(), before));
+        }
+        let after = store.set_active(before.id, Some(number), old)?;
+        Ok((before, after))
+    });
+    let (before, after) = changed.await?;
+    bring_into_effect(control, &before, &after).await?;
+    control
+        .events
+        .service("version.activated", &after, Some(number));
+    Ok(after)
+}
+
+/// Tells data about a service whose active version changed; takes the change back when data
+/// refuses it. The mutation lock is held.
+async fn bring_into_effect(
+    control: &Control,
+    before: &Service,
+    service: &Service,
+) -> Result<(), Problem> {
+    let Err(error) = apply_service(control, service).await else {
+        return Ok(());
+    };
+    let ApplyError::Link(LinkError::Refused(refusal)) = error else {
+        return Err(error.into());
+    };
+    tracing::error!(service = %service.id, %refusal, "data refused a version");
+    let (id, previous) = (service.id, before.previous);
+    let active = before.active.map(|active| active.number);
+    control
+        .store(move |store| store.set_active(id, active, previous))
+        .await?;
+    Err(Problem::new(
+        Code::NotActivated,
+        format_args!("the version that served before still does: {refusal}"),
+    ))
+}
+
+/// Why data does not know a service as it should.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum ApplyError {
+    #[error(transparent)]
+    Link(#[from] LinkError),
+    #[error("{}", .0.detail())]
+    Files(Problem),
+}
+
+impl From<ApplyError> for Problem {
+    fn from(error: ApplyError) -> Self {
+        match error {
+            ApplyError::Link(error) => error.into(),
+            ApplyError::Files(problem) => problem,
+        }
+    }
+}
+
+/// Tells data about a service, with its artefact.
+pub(crate) async fn apply_service(control: &Control, service: &Service) -> Result<(), ApplyError> {
+    let active = match service.active {
+        None => None,
+        Some(Active { number, digest }) => {
+            let found = control
+                .files
+                .run(move |files| files.find(Kind::Artefact, &digest))
+                .await;
+            let artefact = found
+                .map_err(|error| ApplyError::Files(error.into()))?
+                .map_err(|error| ApplyError::Files(error.into()))?;
+            if artefact.is_none() {
+                return Err(LinkError::Refused(Refusal::ArtefactMissing(digest)).into());
+            }
+            Some(ActiveVersion {
+                number,
+                digest,
+                artefact,
+            })
+        }
+    };
+    let intent = ServiceIntent {
+        id: service.id,
+        tenant: service.tenant,
+        name: service.name.clone(),
+        spec: service.spec.clone(),
+        active,
+    };
+    Ok(control
+        .link
+        .apply(ToData::Service(Box::new(intent)))
+        .await?)
+}
+
+/// Compiles a stored component again when its artefact is missing: after a new engine, or when
+/// it was damaged.
+pub(crate) async fn ensure_artefact(
+    control: &Rc<Control>,
+    tenant: TenantId,
+    digest: Digest,
+) -> Result<(), Problem> {
+    if has_artefact(control, digest).await? {
+        return Ok(());
+    }
+    let ticket = control.compilers.enter(tenant)?;
+    compile_stored(control, &ticket, digest).await
+}
+
+/// Compiles a stored component.
+pub(crate) async fn compile_stored(
+    control: &Control,
+    ticket: &Ticket,
+    digest: Digest,
+) -> Result<(), Problem> {
+    let found = control
+        .files
+        .run(move |files| files.find(Kind::Component, &digest))
+        .await??;
+    let component = found
+        .ok_or_else(|| Problem::internal(&format_args!("the component {digest} is missing")))?;
+    let compiled = compile(control, ticket, digest, component).await?;
+    let _mutation = control.mutation.lock().await;
+    place_artefact(&control.files, digest, compiled).await
+}
+
+async fn place_artefact(
+    files: &Worker<crate::state::Blobs>,
+    digest: Digest,
+    compiled: Compiled,
+) -> Result<(), Problem> {
+    let artefact = compiled.artefact;
+    Ok(files
+        .run(move |files| files.place(Kind::Artefact, &digest, artefact))
+        .await??)
+}

@@ -1,0 +1,118 @@
+//! Changes of state, told to whoever follows `/v1/events`. Bounded: who reads too slowly is told
+//! that events were lost and should list again.
+
+use std::cell::Cell;
+
+use insula_types::{ServiceName, TenantId, TenantName, VersionNumber};
+use tokio::sync::broadcast;
+
+use crate::state::{Scope, Service, Tenant, Timestamp};
+
+/// Events that wait for the slowest reader, at most.
+const BACKLOG: usize = 256;
+
+#[derive(Debug, Clone)]
+pub(crate) struct Event {
+    pub(crate) id: u64,
+    pub(crate) time: Timestamp,
+    /// For example `service.updated`.
+    pub(crate) kind: &'static str,
+    /// `None` for what concerns the host only.
+    pub(crate) tenant: Option<(TenantId, TenantName)>,
+    pub(crate) service: Option<ServiceName>,
+    pub(crate) version: Option<VersionNumber>,
+}
+
+impl Event {
+    /// Whether a caller may see it.
+    pub(crate) fn visible_to(&self, scope: &Scope) -> bool {
+        match (scope, &self.tenant) {
+            (Scope::Host, _) => true,
+            (Scope::Tenant(id, _), Some((tenant, _))) => id == tenant,
+            (Scope::Tenant(..), None) => false,
+        }
+    }
+
+    /// In the format of server-sent events.
+    pub(crate) fn to_sse(&self) -> String {
+        let mut data = serde_json::json!({"type": self.kind, "time": self.time});
+        if let Some((_, tenant)) = &self.tenant {
+            data["tenant"] = tenant.as_str().into();
+        }
+        if let Some(service) = &self.service {
+            data["service"] = service.as_str().into();
+        }
+        if let Some(version) = self.version {
+            data["version"] = version.get().into();
+        }
+        format!("id: {}\nevent: {}\ndata: {data}\n\n", self.id, self.kind)
+    }
+}
+
+#[derive(Debug)]
+pub(crate) struct Events {
+    sender: broadcast::Sender<Event>,
+    next_id: Cell<u64>,
+}
+
+impl Default for Events {
+    fn default() -> Self {
+        Self {
+            sender: broadcast::Sender::new(BACKLOG),
+            next_id: Cell::new(1),
+        }
+    }
+}
+
+impl Events {
+    pub(crate) fn subscribe(&self) -> broadcast::Receiver<Event> {
+        self.sender.subscribe()
+    }
+
+    fn send(&self, mut event: Event) {
+        event.id = self.next_id.replace(self.next_id.get() + 1);
+        // Nobody may be listening.
+        let _ = self.sender.send(event);
+    }
+
+    pub(crate) fn host(&self, kind: &'static str) {
+        let time = Timestamp::now();
+        self.send(Event {
+            id: 0,
+            time,
+            kind,
+            tenant: None,
+            service: None,
+            version: None,
+        });
+    }
+
+    pub(crate) fn tenant(&self, kind: &'static str, tenant: &Tenant) {
+        let time = Timestamp::now();
+        let tenant = Some((tenant.id, tenant.name.clone()));
+        self.send(Event {
+            id: 0,
+            time,
+            kind,
+            tenant,
+            service: None,
+            version: None,
+        });
+    }
+
+    pub(crate) fn service(
+        &self,
+        kind: &'static str,
+        service: &Service,
+        version: Option<VersionNumber>,
+    ) {
+        self.send(Event {
+            id: 0,
+            time: Timestamp::now(),
+            kind,
+            tenant: Some((service.tenant, service.tenant_name.clone())),
+            service: Some(service.name.clone()),
+            version,
+        });
+    }
+}

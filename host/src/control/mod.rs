@@ -1,0 +1,195 @@
+//! The admin API, and the owner of intent.
+//!
+//! ```text
+//!              thread "insula-control": one current-thread runtime, everything is Rc
+//!  HTTP ─▶ server ─▶ router ─▶ auth ─▶ api::* ─┬─▶ store  (thread "insula-state")
+//!                                              ├─▶ files  (thread "insula-files")
+//!                                              ├─▶ compilers (threads "insula-compileN", children)
+//!                                              └─▶ link ─▶ data plane ─▶ pump ─▶ ledger, logs
+//! ```
+//!
+//! A change takes the *mutation lock*, commits to the store, is sent to data, and is answered when
+//! data has applied it: commands reach data in the order of commits. Each request runs in a task
+//! of its own, so that a client that goes away does not leave a change half done.
+//!
+//! Failures: the store refuses → nothing happened, a problem says why. Data refuses an activation
+//! → it is taken back. Data does not answer → the change is stored and the problem says so. The
+//! host dies → the next start reconciles data with the store (`reconcile`).
+//!
+//! *Invariant:* nothing on the control thread waits for a disk, a child or another thread.
+
+use std::cell::{Cell, RefCell};
+use std::collections::HashSet;
+use std::net::SocketAddr;
+use std::rc::Rc;
+
+use insula_types::Digest;
+use insula_types::spec::RequestLimits;
+use sha2::Digest as _;
+use tokio::sync::{Mutex, Semaphore, watch};
+use tokio::task::JoinSet;
+
+use crate::state::{Blobs, Store, StoreError, Timestamp, Worker};
+
+mod api;
+mod auth;
+mod compile;
+mod deploy;
+mod documents;
+mod events;
+mod http_types;
+mod idempotency;
+mod ledger;
+mod link;
+mod logs;
+mod machine;
+mod openapi;
+mod problem;
+mod pump;
+mod reconcile;
+mod router;
+mod server;
+mod start;
+#[cfg(test)]
+mod tests;
+
+pub use auth::AdminTokenError;
+pub use compile::{Compiler, Seal};
+pub use start::{ControlConfig, ControlPlane, StartError, start};
+
+use problem::Problem;
+
+/// Streams (logs, events) that are followed at once; they must not use up the connections.
+const STREAMS_MAX: usize = 64;
+
+/// How long requests may go on after their connections are closed.
+const TASKS_GRACE: std::time::Duration = std::time::Duration::from_secs(5);
+
+/// How far the start has come.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Readiness {
+    /// Data is being told what to serve, or artefacts are being compiled again.
+    Reconciling,
+    /// All that is intended is served.
+    Ready,
+    /// Data is gone.
+    DataGone,
+    /// The host is draining.
+    Stopping,
+}
+
+/// What all handlers share. Lives on the control thread.
+pub(crate) struct Control {
+    pub(crate) config: ControlConfig,
+    pub(crate) ingress: Cell<Option<SocketAddr>>,
+    pub(crate) admin: SocketAddr,
+    pub(crate) started: Timestamp,
+    pub(crate) machine: machine::Machine,
+    store: Worker<Box<dyn Store>>,
+    pub(crate) files: Worker<Blobs>,
+    pub(crate) compilers: Rc<compile::Compilers>,
+    pub(crate) link: link::DataLink,
+    pub(crate) ledger: RefCell<ledger::Ledger>,
+    pub(crate) logs: RefCell<logs::Logs>,
+    pub(crate) events: events::Events,
+    pub(crate) failures: auth::FailureLimit,
+    pub(crate) in_progress: idempotency::InProgress,
+    /// Held from the commit of a change until data has applied it.
+    pub(crate) mutation: Mutex<()>,
+    pub(crate) readiness: Cell<Readiness>,
+    pub(crate) streams: Semaphore,
+    /// Becomes true when streams have to end.
+    pub(crate) stopping: watch::Sender<bool>,
+    tasks: RefCell<JoinSet<()>>,
+}
+
+impl std::fmt::Debug for Control {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Control")
+            .field("readiness", &self.readiness)
+            .finish_non_exhaustive()
+    }
+}
+
+impl Control {
+    /// Runs a job on the state thread.
+    pub(crate) async fn store<T: Send + 'static>(
+        &self,
+        job: impl FnOnce(&mut dyn Store) -> Result<T, StoreError> + Send + 'static,
+    ) -> Result<T, Problem> {
+        Ok(self.store.run(move |store| job(store.as_mut())).await??)
+    }
+
+    /// Starts a task that goes on when its starter goes away, and that the shutdown waits for.
+    pub(crate) fn spawn(&self, task: impl Future<Output = ()> + 'static) {
+        let mut tasks = self.tasks.borrow_mut();
+        while tasks.try_join_next().is_some() {}
+        tasks.spawn_local(task);
+    }
+
+    /// Waits a little for the tasks that [`Control::spawn`] started, then ends them.
+    async fn finish_tasks(&self) {
+        let mut tasks = self.tasks.take();
+        let finished = tokio::time::timeout(TASKS_GRACE, async {
+            while tasks.join_next().await.is_some() {}
+        });
+        if finished.await.is_err() {
+            tracing::warn!(tasks = tasks.len(), "requests were cut short");
+        }
+        tasks.shutdown().await;
+    }
+
+    /// Removes files that no version refers to. The mutation lock is held. What cannot be removed
+    /// now is at the next start.
+    pub(crate) async fn remove_files(&self, digests: Vec<Digest>) {
+        if digests.is_empty() {
+            return;
+        }
+        let removed = self
+            .files
+            .run(move |files| digests.iter().try_for_each(|digest| files.remove(digest)));
+        match removed.await {
+            Ok(Ok(())) => {}
+            Ok(Err(error)) => tracing::warn!(%error, "unused files were not removed"),
+            Err(error) => tracing::warn!(%error, "unused files were not removed"),
+        }
+    }
+
+    /// Removes a component that was placed for nothing. The mutation lock is held.
+    pub(crate) async fn remove_unreferenced(&self, digest: Digest) {
+        if let Ok(digests) = self.store(|store| store.digests()).await
+            && !digests.contains(&digest)
+        {
+            self.remove_files(vec![digest]).await;
+        }
+    }
+
+    /// Adds what was counted to the stored sums.
+    pub(crate) async fn checkpoint(&self) -> Result<(), Problem> {
+        let pending = self.ledger.borrow_mut().take_pending();
+        if pending.is_empty() {
+            return Ok(());
+        }
+        let parts: Vec<_> = pending.iter().map(|((t, s), sum)| (*t, *s, *sum)).collect();
+        let stored = self.store(move |store| store.add_usage(&parts)).await;
+        if stored.is_err() {
+            self.ledger.borrow_mut().put_back(&pending);
+        }
+        stored
+    }
+
+    /// All digests that versions have.
+    async fn digests(&self) -> Result<HashSet<Digest>, Problem> {
+        self.store(|store| store.digests()).await
+    }
+}
+
+/// SHA-256.
+pub(crate) fn sha256(bytes: &[u8]) -> [u8; 32] {
+    sha2::Sha256::digest(bytes).into()
+}
+
+/// The host's ceiling on one request, as `/v1/host` shows it.
+fn ceiling(limits: &RequestLimits) -> serde_json::Value {
+    serde_json::json!(limits)
+}

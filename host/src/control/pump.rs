@@ -1,0 +1,62 @@
+//! What data reports, and what control asks of it regularly.
+
+use std::rc::Rc;
+use std::time::Duration;
+
+use tokio::sync::mpsc;
+use tokio::time::MissedTickBehavior;
+
+use super::link::Answered;
+use super::{Control, Readiness};
+use crate::messages::FromData;
+
+/// How often data is asked what it counted.
+const COLLECT_EVERY: Duration = Duration::from_secs(1);
+/// After how many collections the sums are stored.
+const CHECKPOINT_EVERY: u32 = 5;
+
+/// Takes reports until data is gone. Never waits for anything else: data's channel is bounded.
+pub(super) async fn pump(control: Rc<Control>, mut reports: mpsc::Receiver<FromData>) {
+    while let Some(report) = reports.recv().await {
+        match report {
+            FromData::Ready { ingress } => control.ingress.set(Some(ingress)),
+            FromData::Done { seq, result } => control.link.answer(seq, Answered::Done(result)),
+            FromData::Collected { seq, collected } => {
+                control.ledger.borrow_mut().absorb(&collected.usage);
+                control
+                    .link
+                    .answer(seq, Answered::Collected(collected.metrics));
+            }
+            FromData::Logs(records) => control.logs.borrow().take(&records),
+        }
+    }
+    control.link.close();
+    if control.readiness.get() != Readiness::Stopping {
+        tracing::error!("the data plane is gone");
+        control.readiness.set(Readiness::DataGone);
+    }
+}
+
+/// Collects every second and stores the sums every few.
+pub(super) async fn tick(control: Rc<Control>) {
+    let mut interval = tokio::time::interval(COLLECT_EVERY);
+    interval.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    let mut ticks = 0u32;
+    loop {
+        interval.tick().await;
+        if let Err(error) = control.link.collect().await
+            && control.readiness.get() == Readiness::Ready
+        {
+            tracing::warn!(%error, "usage was not collected");
+        }
+        ticks = ticks.wrapping_add(1);
+        if ticks.is_multiple_of(CHECKPOINT_EVERY)
+            && let Err(problem) = control.checkpoint().await
+        {
+            tracing::warn!(
+                problem = problem.detail(),
+                "usage was not stored; kept for later"
+            );
+        }
+    }
+}

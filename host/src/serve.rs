@@ -1,0 +1,140 @@
+//! A whole host in one process: data plane and control plane, wired by two channels.
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::sync::mpsc;
+
+use crate::config::HostConfig;
+use crate::control::{self, Compiler, ControlConfig, ControlPlane, Seal};
+use crate::data::{self, DataConfig, DataPlane};
+use crate::engine::artefact::{self, ArtefactKey};
+use crate::engine::config::WASMTIME_VERSION;
+use crate::messages::{COMMAND_QUEUE, REPORT_QUEUE};
+use crate::state::DataDir;
+use crate::state::dir::DataDirError;
+
+/// The file with the key that seals artefacts.
+const KEY_FILE: &str = "artefact.key";
+
+/// Why the host did not start.
+#[derive(Debug, thiserror::Error)]
+pub enum StartError {
+    /// The data directory.
+    #[error(transparent)]
+    DataDir(#[from] DataDirError),
+    /// The key of artefacts.
+    #[error("the artefact key cannot be read or made: {0}")]
+    Key(std::io::Error),
+    /// The data plane.
+    #[error(transparent)]
+    Data(#[from] data::StartError),
+    /// The control plane.
+    #[error(transparent)]
+    Control(#[from] control::StartError),
+}
+
+/// A running host. Dropping it is a shutdown without a drain.
+#[derive(Debug)]
+pub struct Host {
+    // In this order: control says goodbye to data, then data's threads are joined.
+    control: ControlPlane,
+    data: DataPlane,
+    drain: Duration,
+}
+
+impl Host {
+    /// Starts a host and blocks until both listeners are ready and data serves what is intended.
+    ///
+    /// # Errors
+    /// [`StartError`]; whatever was started is stopped again.
+    pub fn start(config: HostConfig) -> Result<Self, StartError> {
+        Self::start_with(config, Compiler::default())
+    }
+
+    /// Starts a host with another compiler child than the program itself, for tests whose program
+    /// is not the host's.
+    ///
+    /// # Errors
+    /// [`StartError`].
+    pub fn start_with(config: HostConfig, compiler: Compiler) -> Result<Self, StartError> {
+        let directory = DataDir::open(&config.data_dir)?;
+        let key = artefact_key(&directory).map_err(StartError::Key)?;
+        let seal: Seal = {
+            let key = ArtefactKey::from_bytes(key);
+            Arc::new(move |digest, artefact| artefact::seal(&key, digest, artefact))
+        };
+        let (commands, commands_in) = mpsc::channel(COMMAND_QUEUE);
+        let (reports_out, reports) = mpsc::channel(REPORT_QUEUE);
+        let data = data::start(
+            DataConfig {
+                listen: config.listen,
+                domain: config.domain.clone(),
+                workers: config.workers,
+                ceiling: config.ceiling,
+                instances: config.instances,
+                artefact_key: ArtefactKey::from_bytes(key),
+            },
+            commands_in,
+            reports_out,
+        )?;
+        // If this fails, the command channel is closed by then and `data` joins its threads.
+        let control = control::start(
+            ControlConfig {
+                admin: config.admin,
+                domain: config.domain,
+                workers: config.workers,
+                instances: config.instances,
+                ceiling: config.ceiling,
+                engine_version: WASMTIME_VERSION.to_owned(),
+                compatibility: crate::engine::compatibility(),
+                compiler,
+                seal,
+            },
+            directory,
+            commands,
+            reports,
+        )?;
+        Ok(Self {
+            control,
+            data,
+            drain: config.drain.into(),
+        })
+    }
+
+    /// Where services answer.
+    #[must_use]
+    pub const fn ingress(&self) -> SocketAddr {
+        self.data.ingress()
+    }
+
+    /// Where the admin API answers.
+    #[must_use]
+    pub const fn admin(&self) -> SocketAddr {
+        self.control.admin()
+    }
+
+    /// Stops in order and blocks until everything is stored and closed:
+    /// 1. to 4. as in [`control::start`]: admin API, drain of data, last usage, state;
+    /// 5. the data plane's threads are joined.
+    pub fn shutdown(self) {
+        self.control.shutdown(self.drain);
+        drop(self.data);
+    }
+}
+
+/// The key that seals artefacts, made at the first start.
+fn artefact_key(directory: &DataDir) -> std::io::Result<[u8; 32]> {
+    if let Some(key) = directory.read(KEY_FILE)? {
+        return key.try_into().map_err(|_| {
+            std::io::Error::other(format!(
+                "{KEY_FILE} is not 32 bytes; delete it, and everything is compiled again"
+            ))
+        });
+    }
+    let mut key = [0; 32];
+    getrandom::fill(&mut key).map_err(std::io::Error::other)?;
+    directory.write_secret(KEY_FILE, &key)?;
+    Ok(key)
+}

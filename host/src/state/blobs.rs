@@ -1,0 +1,311 @@
+//! Files by content: uploaded components and their compiled artefacts.
+//!
+//! Write protocol: a temporary name → content → fsync ([`Unplaced::sync`]) → rename → fsync of
+//! the directory ([`Blobs::place`]); then a transaction of the [`Store`](super::Store) refers to
+//! it. A crash before that transaction leaves a file that nothing refers to; the start removes it
+//! ([`Blobs::collect_garbage`]). *Invariant:* whoever places and commits, and whoever removes,
+//! holds control's mutation lock, so that nothing is removed between its rename and its commit.
+
+use std::collections::HashSet;
+use std::fs::File;
+use std::io::{self, Write};
+
+use cap_std::fs::Dir;
+use insula_types::Digest;
+use sha2::Digest as _;
+
+use super::dir::{DataDir, private, subdir, sync_dir};
+
+/// The part of the data directory that holds blobs.
+#[derive(Debug)]
+pub struct Blobs {
+    blobs: Dir,
+    artefacts: Dir,
+    temporary: Dir,
+    /// Names the engine, its configuration and the CPU that artefacts are good for.
+    compatibility: String,
+    next_temporary: u64,
+}
+
+/// What a file is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Kind {
+    /// A component as it was uploaded.
+    Component,
+    /// A compiled and sealed artefact for this engine and CPU.
+    Artefact,
+}
+
+/// A file that is not in its place yet; removed when dropped before.
+#[derive(Debug)]
+pub struct Unplaced {
+    name: String,
+    directory: Dir,
+    file: File,
+    hash: sha2::Sha256,
+    size_bytes: u64,
+}
+
+impl Unplaced {
+    /// Appends to the file.
+    ///
+    /// # Errors
+    /// Those of the file system.
+    pub fn write(&mut self, bytes: &[u8]) -> io::Result<()> {
+        self.file.write_all(bytes)?;
+        self.hash.update(bytes);
+        self.size_bytes += bytes.len() as u64;
+        Ok(())
+    }
+
+    /// What was written so far.
+    #[must_use]
+    pub fn digest(&self) -> Digest {
+        Digest::new(self.hash.clone().finalize().into())
+    }
+
+    /// How much was written so far.
+    #[must_use]
+    pub const fn size_bytes(&self) -> u64 {
+        self.size_bytes
+    }
+
+    /// The file for another process to read, which cannot write to it.
+    ///
+    /// # Errors
+    /// Those of the file system.
+    pub fn reader(&self) -> io::Result<File> {
+        Ok(self.directory.open(&self.name)?.into_std())
+    }
+
+    /// The file for another process to write. What it writes is not hashed.
+    ///
+    /// # Errors
+    /// Those of the file system.
+    pub fn writer(&self) -> io::Result<File> {
+        self.file.try_clone()
+    }
+
+    /// Makes the content durable.
+    ///
+    /// # Errors
+    /// Those of the file system.
+    pub fn sync(&self) -> io::Result<()> {
+        self.file.sync_all()
+    }
+}
+
+impl Drop for Unplaced {
+    fn drop(&mut self) {
+        // Gone already when it was placed; anything else is removed at the next start.
+        let _ = self.directory.remove_file(&self.name);
+    }
+}
+
+impl Blobs {
+    /// Opens the directories and empties that of temporary files.
+    ///
+    /// # Errors
+    /// Those of the file system.
+    pub fn open(data: &DataDir, compatibility: &str) -> io::Result<Self> {
+        let temporary = data.subdir("tmp")?;
+        for entry in temporary.entries()? {
+            temporary.remove_file(entry?.file_name())?;
+        }
+        Ok(Self {
+            blobs: data.subdir("blobs")?,
+            artefacts: data.subdir("artefacts")?,
+            temporary,
+            compatibility: compatibility.to_owned(),
+            next_temporary: 0,
+        })
+    }
+
+    /// An empty file under a temporary name.
+    ///
+    /// # Errors
+    /// Those of the file system.
+    pub fn create(&mut self) -> io::Result<Unplaced> {
+        self.next_temporary += 1;
+        let name = format!("{:08x}", self.next_temporary);
+        let file = self
+            .temporary
+            .open_with(&name, private().create_new(true))?
+            .into_std();
+        Ok(Unplaced {
+            name,
+            directory: self.temporary.try_clone()?,
+            file,
+            hash: sha2::Sha256::new(),
+            size_bytes: 0,
+        })
+    }
+
+    fn place_of(&self, kind: Kind, digest: &Digest) -> io::Result<(Dir, String)> {
+        let hex = digest.hex();
+        Ok(match kind {
+            Kind::Component => (subdir(&self.blobs, &hex[..2])?, hex),
+            Kind::Artefact => (
+                self.artefacts.try_clone()?,
+                format!("{hex}-{}", self.compatibility),
+            ),
+        })
+    }
+
+    /// Moves a synced file to its place and makes that durable. A file that is there already
+    /// (same digest, hence same content) is replaced.
+    ///
+    /// # Errors
+    /// Those of the file system.
+    pub fn place(&self, kind: Kind, digest: &Digest, file: Unplaced) -> io::Result<()> {
+        let (directory, name) = self.place_of(kind, digest)?;
+        file.directory.rename(&file.name, &directory, &name)?;
+        sync_dir(&directory)
+    }
+
+    /// Opens a file for reading; `None` when there is none.
+    ///
+    /// # Errors
+    /// Those of the file system.
+    pub fn find(&self, kind: Kind, digest: &Digest) -> io::Result<Option<File>> {
+        let (directory, name) = self.place_of(kind, digest)?;
+        match directory.open(&name) {
+            Ok(file) => Ok(Some(file.into_std())),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// Removes the component and artefact of a digest that nothing refers to.
+    ///
+    /// # Errors
+    /// Those of the file system.
+    pub fn remove(&self, digest: &Digest) -> io::Result<()> {
+        for kind in [Kind::Component, Kind::Artefact] {
+            let (directory, name) = self.place_of(kind, digest)?;
+            match directory.remove_file(&name) {
+                Ok(()) => {}
+                Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(())
+    }
+
+    /// Removes every file that is not of `referenced`, and artefacts made for another engine or
+    /// CPU. Answers how many went.
+    ///
+    /// # Errors
+    /// Those of the file system.
+    pub fn collect_garbage(&self, referenced: &HashSet<Digest>) -> io::Result<usize> {
+        let mut removed = 0;
+        let kept = |hex: &str| {
+            format!("sha256:{hex}")
+                .parse()
+                .is_ok_and(|digest| referenced.contains(&digest))
+        };
+        for group in self.blobs.entries()? {
+            let group = group?.open_dir()?;
+            for entry in group.entries()? {
+                let name = entry?.file_name();
+                if !name.to_str().is_some_and(kept) {
+                    group.remove_file(name)?;
+                    removed += 1;
+                }
+            }
+        }
+        for entry in self.artefacts.entries()? {
+            let name = entry?.file_name();
+            let wanted = name
+                .to_str()
+                .and_then(|name| name.split_once('-'))
+                .is_some_and(|(hex, compat)| compat == self.compatibility && kept(hex));
+            if !wanted {
+                self.artefacts.remove_file(name)?;
+                removed += 1;
+            }
+        }
+        Ok(removed)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::io::Read;
+
+    fn blobs(data: &DataDir) -> Blobs {
+        Blobs::open(data, "c0ffee").unwrap()
+    }
+
+    fn put(blobs: &mut Blobs, kind: Kind, content: &[u8]) -> Digest {
+        let mut file = blobs.create().unwrap();
+        file.write(content).unwrap();
+        file.sync().unwrap();
+        let digest = file.digest();
+        blobs.place(kind, &digest, file).unwrap();
+        digest
+    }
+
+    #[test]
+    fn a_blob_is_found_only_after_it_was_placed() {
+        let path = tempfile::tempdir().unwrap();
+        let data = DataDir::open(path.path()).unwrap();
+        let mut blobs = blobs(&data);
+        let mut file = blobs.create().unwrap();
+        file.write(b"half").unwrap();
+        assert!(
+            blobs
+                .find(Kind::Component, &file.digest())
+                .unwrap()
+                .is_none()
+        );
+        drop(file);
+        assert_eq!(
+            path.path().join("tmp").read_dir().unwrap().count(),
+            0,
+            "dropped, so removed"
+        );
+
+        let digest = put(&mut blobs, Kind::Component, b"whole");
+        let mut found = String::new();
+        let mut file = blobs.find(Kind::Component, &digest).unwrap().unwrap();
+        file.read_to_string(&mut found).unwrap();
+        assert_eq!(found, "whole");
+        let hex = digest.hex();
+        assert!(
+            path.path()
+                .join("blobs")
+                .join(&hex[..2])
+                .join(&hex)
+                .is_file()
+        );
+    }
+
+    #[test]
+    fn garbage_is_what_nothing_refers_to() {
+        let path = tempfile::tempdir().unwrap();
+        let data = DataDir::open(path.path()).unwrap();
+        let mut first = blobs(&data);
+        let kept = put(&mut first, Kind::Component, b"kept");
+        let lost = put(&mut first, Kind::Component, b"lost");
+        let artefact = put(&mut first, Kind::Artefact, b"kept");
+        put(&mut first, Kind::Artefact, b"lost");
+        std::mem::forget(first.create().unwrap()); // as a crash leaves it
+        let stale = path
+            .path()
+            .join("artefacts")
+            .join(format!("{}-0ld", kept.hex()));
+        std::fs::write(&stale, "made by another engine").unwrap();
+
+        let second = blobs(&data);
+        assert_eq!(path.path().join("tmp").read_dir().unwrap().count(), 0);
+        assert_eq!(second.collect_garbage(&HashSet::from([kept])).unwrap(), 3);
+        assert!(second.find(Kind::Component, &kept).unwrap().is_some());
+        assert!(second.find(Kind::Artefact, &artefact).unwrap().is_some());
+        assert!(second.find(Kind::Component, &lost).unwrap().is_none());
+        second.remove(&kept).unwrap();
+        assert!(second.find(Kind::Component, &kept).unwrap().is_none());
+        second.remove(&kept).unwrap();
+    }
+}

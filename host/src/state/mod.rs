@@ -1,0 +1,252 @@
+//! Intent, kept safely: tenants, services, versions, tokens, usage checkpoints.
+//!
+//! ```text
+//!  control ──(closures)──▶ Worker "insula-state" ──▶ dyn Store ──▶ SQLite   <data>/state.db
+//!          ──(closures)──▶ Worker "insula-files" ──▶ Blobs     ──▶ <data>/{blobs,artefacts,tmp}
+//! ```
+//!
+//! [`Store`] is what control relies on: records by name, optimistic concurrency by generation,
+//! ids that are never used twice, answers only after the commit is durable. SQLite is the
+//! embedded default ([`sqlite`]); a distributed store can take its place, which is why no caller
+//! keeps a copy that it trusts, usage is *added* instead of overwritten, and every check that two
+//! callers could race for (names, reservations, routes, generations) happens inside the store.
+//!
+//! On failure: a method that answers an error has changed nothing. A crash loses nothing that was
+//! answered; files without a record are removed at the next start (see [`blobs`]).
+//!
+//! *Invariant:* below the data directory nothing is reached by an ambient path ([`dir`]), and
+//! names of tenants and services never become file names.
+
+use std::collections::HashSet;
+
+use insula_types::{
+    Digest, ServiceId, ServiceName, ServiceSpec, TenantId, TenantName, TenantSpec, VersionNumber,
+};
+
+pub mod blobs;
+pub mod dir;
+mod records;
+pub mod sqlite;
+#[cfg(test)]
+mod tests;
+pub mod time;
+pub mod usage;
+pub mod worker;
+
+pub use blobs::Blobs;
+pub use dir::DataDir;
+pub use records::{
+    Access, Active, AddedVersion, Commitments, Deleted, Listed, NewToken, NewVersion, Page, Put,
+    Remembered, Scope, Service, StoredUsage, Tenant, Token, TokenHash, Version,
+};
+pub use sqlite::SqliteStore;
+pub use time::Timestamp;
+pub use usage::UsageTotals;
+pub use worker::Worker;
+
+/// Most tenants of one host.
+pub const TENANTS_MAX: u64 = 10_000;
+/// Most services of one tenant.
+pub const SERVICES_PER_TENANT_MAX: u64 = 10_000;
+/// Versions of a service that are kept; the oldest that are not in use make room for new ones.
+pub const VERSIONS_KEPT: u64 = 100;
+/// Most tokens of one host.
+pub const TOKENS_MAX: u64 = 1_000;
+/// Idempotency keys that are remembered, at most.
+pub const REMEMBERED_MAX: u64 = 10_000;
+/// How long an idempotency key is remembered.
+pub const REMEMBERED_FOR: std::time::Duration = std::time::Duration::from_secs(24 * 3_600);
+
+/// Why the store did not do what it was asked.
+#[derive(Debug, thiserror::Error)]
+pub enum StoreError {
+    /// There is no such record.
+    #[error("there is no such {0}")]
+    NotFound(&'static str),
+    /// The caller expected another generation.
+    #[error("{}", precondition(.current))]
+    Precondition {
+        /// The generation that there is; `None` when there is no record.
+        current: Option<u64>,
+    },
+    /// The reservations of all tenants would exceed the host.
+    #[error(
+        "cpu.reservation of {asked_millicores}m is more than the {free_millicores}m of \
+         {capacity_millicores}m that other tenants have left"
+    )]
+    Reservation {
+        /// Asked for.
+        asked_millicores: u64,
+        /// Not reserved by other tenants.
+        free_millicores: u64,
+        /// What the host has in all.
+        capacity_millicores: u64,
+    },
+    /// Another service has this route, or another tenant has its host.
+    #[error("the route {0:?} belongs to another service, or its host to another tenant")]
+    RouteTaken(String),
+    /// A bound on the number of records.
+    #[error("there are {max} {what} already, as many as there can be")]
+    Full {
+        /// Of what.
+        what: &'static str,
+        /// How many.
+        max: u64,
+    },
+    /// Without this token nobody could administer the host any more.
+    #[error("this is the last token that may administer the host; create another one first")]
+    LastAdminToken,
+    /// The store itself failed, or holds what cannot be.
+    #[error("the state could not be read or written: {0}")]
+    Backend(Box<dyn std::error::Error + Send + Sync>),
+}
+
+fn precondition(current: &Option<u64>) -> String {
+    match current {
+        Some(generation) => format!("it is at generation {generation} now; read it again"),
+        None => "it does not exist".to_owned(),
+    }
+}
+
+/// What must hold before a record is changed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Precondition {
+    /// Nothing.
+    #[default]
+    None,
+    /// The record exists.
+    Exists,
+    /// The record does not exist.
+    Absent,
+    /// The record is at this generation.
+    Generation(u64),
+}
+
+impl Precondition {
+    /// Checks against the record's generation, `None` when there is no record.
+    ///
+    /// # Errors
+    /// [`StoreError::Precondition`].
+    pub fn check(self, current: Option<u64>) -> Result<(), StoreError> {
+        let holds = match self {
+            Self::None => true,
+            Self::Exists => current.is_some(),
+            Self::Absent => current.is_none(),
+            Self::Generation(expected) => current == Some(expected),
+        };
+        if holds {
+            Ok(())
+        } else {
+            Err(StoreError::Precondition { current })
+        }
+    }
+}
+
+/// Where intent is kept. Blocking; owned by one thread. See the module's head for what every
+/// implementation promises; each method answers [`StoreError`].
+#[expect(clippy::missing_errors_doc, reason = "said once for all, above")]
+pub trait Store: Send {
+    /// Tenants by name.
+    fn tenants(&mut self, page: &Page) -> Result<Listed<Tenant>, StoreError>;
+    /// One tenant.
+    fn tenant(&mut self, name: &TenantName) -> Result<Tenant, StoreError>;
+    /// Creates a tenant or replaces its spec, if all reservations together stay within
+    /// `capacity_millicores`.
+    fn put_tenant(
+        &mut self,
+        name: &TenantName,
+        spec: &TenantSpec,
+        precondition: Precondition,
+        capacity_millicores: u64,
+        now: Timestamp,
+    ) -> Result<Put<Tenant>, StoreError>;
+    /// Deletes a tenant, its services and its tokens.
+    fn delete_tenant(
+        &mut self,
+        name: &TenantName,
+        precondition: Precondition,
+    ) -> Result<Deleted<Tenant>, StoreError>;
+    /// What was promised so far.
+    fn commitments(&mut self) -> Result<Commitments, StoreError>;
+
+    /// A tenant's services by name.
+    fn services(&mut self, tenant: &TenantName, page: &Page)
+    -> Result<Listed<Service>, StoreError>;
+    /// One service.
+    fn service(&mut self, tenant: &TenantName, name: &ServiceName) -> Result<Service, StoreError>;
+    /// Creates a service or replaces its spec.
+    fn put_service(
+        &mut self,
+        tenant: &TenantName,
+        name: &ServiceName,
+        spec: &ServiceSpec,
+        precondition: Precondition,
+        now: Timestamp,
+    ) -> Result<Put<Service>, StoreError>;
+    /// Deletes a service and its versions; what it used stays with its tenant.
+    fn delete_service(
+        &mut self,
+        tenant: &TenantName,
+        name: &ServiceName,
+        precondition: Precondition,
+    ) -> Result<Deleted<Service>, StoreError>;
+
+    /// A service's versions, newest first.
+    fn versions(&mut self, service: ServiceId, page: &Page) -> Result<Listed<Version>, StoreError>;
+    /// One version.
+    fn version(&mut self, service: ServiceId, number: VersionNumber)
+    -> Result<Version, StoreError>;
+    /// Adds a version (its number is chosen here); with `activate` it becomes the active one.
+    fn add_version(
+        &mut self,
+        service: ServiceId,
+        upload: &NewVersion,
+        activate: bool,
+        now: Timestamp,
+    ) -> Result<AddedVersion, StoreError>;
+    /// Sets which version serves and which one served before.
+    fn set_active(
+        &mut self,
+        service: ServiceId,
+        active: Option<VersionNumber>,
+        previous: Option<VersionNumber>,
+    ) -> Result<Service, StoreError>;
+    /// The digests of all versions.
+    fn digests(&mut self) -> Result<HashSet<Digest>, StoreError>;
+
+    /// Tokens by id: all, or those of one tenant.
+    fn tokens(
+        &mut self,
+        tenant: Option<TenantId>,
+        page: &Page,
+    ) -> Result<Listed<Token>, StoreError>;
+    /// The token whose secret hashes to this, expired or not.
+    fn token_by_hash(&mut self, hash: &TokenHash) -> Result<Option<Token>, StoreError>;
+    /// Adds a token.
+    fn add_token(&mut self, token: &NewToken, now: Timestamp) -> Result<Token, StoreError>;
+    /// Deletes a token: any, or only one of a tenant.
+    fn delete_token(
+        &mut self,
+        id: u64,
+        tenant: Option<TenantId>,
+        now: Timestamp,
+    ) -> Result<Token, StoreError>;
+    /// Whether somebody can administer the host: an unexpired host token that may write.
+    fn has_admin_token(&mut self, now: Timestamp) -> Result<bool, StoreError>;
+
+    /// All sums.
+    fn usage(&mut self) -> Result<Vec<StoredUsage>, StoreError>;
+    /// Adds to the sums. What a deleted service used is added to its tenant's; what a deleted
+    /// tenant used is forgotten.
+    fn add_usage(&mut self, parts: &[(TenantId, ServiceId, UsageTotals)])
+    -> Result<(), StoreError>;
+
+    /// The answer to an earlier request with this key, if it is still remembered.
+    fn remembered(
+        &mut self,
+        key: &[u8; 32],
+        now: Timestamp,
+    ) -> Result<Option<Remembered>, StoreError>;
+    /// Remembers an answer; forgets old ones.
+    fn remember(&mut self, answer: &Remembered, now: Timestamp) -> Result<(), StoreError>;
+}

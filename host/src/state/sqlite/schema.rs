@@ -1,0 +1,157 @@
+//! The tables, as an ordered list of migrations. `PRAGMA user_version` counts those applied.
+
+use rusqlite::{Connection, TransactionBehavior};
+
+use super::OpenError;
+
+/// Each is applied once, in order, in a transaction of its own. Never edit one that was released.
+pub(super) const MIGRATIONS: &[&str] = &["
+CREATE TABLE tenants (
+    id INTEGER PRIMARY KEY AUTOINCREMENT,
+    name TEXT NOT NULL UNIQUE,
+    spec TEXT NOT NULL,
+    -- Copies of what is summed up over all tenants.
+    reservation_millicores INTEGER NOT NULL,
+    memory_limit_bytes INTEGER NOT NULL,
+    generation INTEGER NOT NULL,
+    created_ms INTEGER NOT NULL
+) STRICT;
+
+CREATE TABLE services (
+    id INTEGER PRIMARY KEY AUTOINCREMENT,
+    tenant INTEGER NOT NULL REFERENCES tenants (id) ON DELETE CASCADE,
+    name TEXT NOT NULL,
+    spec TEXT NOT NULL,
+    generation INTEGER NOT NULL,
+    active INTEGER,
+    previous INTEGER,
+    next_version INTEGER NOT NULL DEFAULT 1,
+    created_ms INTEGER NOT NULL,
+    UNIQUE (tenant, name),
+    FOREIGN KEY (id, active) REFERENCES versions (service, number) DEFERRABLE INITIALLY DEFERRED,
+    FOREIGN KEY (id, previous) REFERENCES versions (service, number) DEFERRABLE INITIALLY DEFERRED
+) STRICT;
+
+CREATE TABLE versions (
+    service INTEGER NOT NULL REFERENCES services (id) ON DELETE CASCADE,
+    number INTEGER NOT NULL CHECK (number > 0),
+    digest TEXT NOT NULL,
+    size_bytes INTEGER NOT NULL,
+    compile_ms INTEGER NOT NULL,
+    created_ms INTEGER NOT NULL,
+    PRIMARY KEY (service, number)
+) STRICT, WITHOUT ROWID;
+CREATE INDEX versions_by_digest ON versions (digest);
+
+CREATE TABLE routes (
+    route TEXT NOT NULL PRIMARY KEY,
+    host TEXT NOT NULL,
+    service INTEGER NOT NULL REFERENCES services (id) ON DELETE CASCADE
+) STRICT, WITHOUT ROWID;
+CREATE INDEX routes_by_host ON routes (host);
+CREATE INDEX routes_by_service ON routes (service);
+
+CREATE TABLE tokens (
+    id INTEGER PRIMARY KEY AUTOINCREMENT,
+    hash BLOB NOT NULL UNIQUE CHECK (length(hash) = 32),
+    name TEXT NOT NULL,
+    scope TEXT NOT NULL CHECK (scope IN ('host', 'tenant')),
+    tenant INTEGER REFERENCES tenants (id) ON DELETE CASCADE,
+    access TEXT NOT NULL CHECK (access IN ('read', 'write')),
+    created_ms INTEGER NOT NULL,
+    expires_ms INTEGER,
+    CHECK ((scope = 'host') = (tenant IS NULL))
+) STRICT;
+
+-- service 0: all deleted services of the tenant together.
+CREATE TABLE usage (
+    tenant INTEGER NOT NULL REFERENCES tenants (id) ON DELETE CASCADE,
+    service INTEGER NOT NULL,
+    requests TEXT NOT NULL,
+    fuel INTEGER NOT NULL,
+    cpu_ns INTEGER NOT NULL,
+    memory_mib_seconds INTEGER NOT NULL,
+    memory_rest_byte_ms INTEGER NOT NULL,
+    bytes_in INTEGER NOT NULL,
+    bytes_out INTEGER NOT NULL,
+    PRIMARY KEY (tenant, service)
+) STRICT, WITHOUT ROWID;
+
+CREATE TABLE remembered (
+    key BLOB NOT NULL PRIMARY KEY,
+    body BLOB NOT NULL,
+    status INTEGER NOT NULL,
+    answer TEXT NOT NULL,
+    created_ms INTEGER NOT NULL
+) STRICT, WITHOUT ROWID;
+CREATE INDEX remembered_by_age ON remembered (created_ms);
+"];
+
+/// Applies what is missing.
+pub(super) fn migrate(connection: &mut Connection) -> Result<(), OpenError> {
+    migrate_with(connection, MIGRATIONS)
+}
+
+fn migrate_with(connection: &mut Connection, migrations: &[&str]) -> Result<(), OpenError> {
+    let known = i64::try_from(migrations.len()).unwrap_or(i64::MAX);
+    loop {
+        let transaction = connection.transaction_with_behavior(TransactionBehavior::Immediate)?;
+        let found: i64 = transaction.query_row("PRAGMA user_version", [], |row| row.get(0))?;
+        let next = usize::try_from(found)
+            .ok()
+            .and_then(|applied| migrations.get(applied));
+        match next {
+            Some(migration) => {
+                transaction.execute_batch(migration)?;
+                transaction.pragma_update(None, "user_version", found + 1)?;
+                transaction.commit()?;
+                tracing::info!(schema = found + 1, "migrated the state database");
+            }
+            None if found == known => return Ok(()),
+            None => return Err(OpenError::Newer { found, known }),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn migrations_are_applied_once_and_in_order() {
+        let mut connection = Connection::open_in_memory().unwrap();
+        let first = ["CREATE TABLE a (x)"];
+        migrate_with(&mut connection, &first).unwrap();
+        migrate_with(&mut connection, &first).unwrap();
+        let both = [
+            first[0],
+            "ALTER TABLE a ADD COLUMN y; INSERT INTO a VALUES (1, 2)",
+        ];
+        migrate_with(&mut connection, &both).unwrap();
+        migrate_with(&mut connection, &both).unwrap();
+        let rows: i64 = connection
+            .query_row("SELECT count(y) FROM a", [], |r| r.get(0))
+            .unwrap();
+        assert_eq!(rows, 1);
+    }
+
+    #[test]
+    fn a_failed_migration_changes_nothing() {
+        let mut connection = Connection::open_in_memory().unwrap();
+        let broken = ["CREATE TABLE a (x); CREATE TABLE a (x)"];
+        assert!(migrate_with(&mut connection, &broken).is_err());
+        migrate_with(&mut connection, &["CREATE TABLE a (x)"]).unwrap();
+    }
+
+    #[test]
+    fn a_newer_schema_is_refused() {
+        let mut connection = Connection::open_in_memory().unwrap();
+        migrate(&mut connection).unwrap();
+        connection.pragma_update(None, "user_version", 99).unwrap();
+        let error = migrate(&mut connection).unwrap_err();
+        assert!(
+            matches!(error, OpenError::Newer { found: 99, .. }),
+            "{error}"
+        );
+    }
+}

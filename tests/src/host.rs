@@ -1,0 +1,485 @@
+//! The process under test.
+
+use std::fs;
+use std::io::{BufRead, BufReader, Read};
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+use std::process::{Child, ChildStdout, Command, ExitStatus, Stdio};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use rustix::process::{Pid, Signal, kill_process};
+use serde_json::Value;
+use tempfile::TempDir;
+
+use crate::admin::Admin;
+use crate::alone::{self, Place};
+use crate::guests;
+use crate::http::Request;
+use crate::metrics::Metrics;
+use crate::tenant::TenantPlan;
+use crate::wait::{holds, until};
+
+/// How long a host may take to say that it is ready, and to end.
+const START_WITHIN: Duration = Duration::from_secs(30);
+const END_WITHIN: Duration = Duration::from_secs(30);
+/// The kernel's unit of CPU time in `/proc` (`USER_HZ`, 100 on every Linux that we know).
+const TICKS_PER_SECOND: f64 = 100.0;
+
+/// How a host is to be started.
+#[derive(Debug)]
+pub struct Plan {
+    args: Vec<String>,
+    place: fn() -> Place,
+}
+
+impl Plan {
+    /// One more flag of `insula serve`.
+    #[must_use]
+    pub fn arg(mut self, flag: &str, value: impl ToString) -> Self {
+        self.args.push(flag.to_owned());
+        self.args.push(value.to_string());
+        self
+    }
+
+    /// Worker threads.
+    #[must_use]
+    pub fn workers(self, workers: usize) -> Self {
+        self.arg("--workers", workers)
+    }
+
+    /// Starts it in a data directory of its own.
+    #[must_use]
+    pub fn start(self) -> TestHost {
+        let place = (self.place)();
+        TestHost::launch(self.args, place)
+    }
+}
+
+/// A host that runs, in a data directory that goes with it. Clones are the same host.
+#[derive(Debug, Clone)]
+pub struct TestHost {
+    shared: Arc<Shared>,
+}
+
+#[derive(Debug)]
+struct Shared {
+    data: TempDir,
+    args: Vec<String>,
+    process: Mutex<Option<Process>>,
+    /// What hosts of this directory that are gone have said.
+    said: Mutex<String>,
+    _place: Place,
+}
+
+#[derive(Debug)]
+struct Process {
+    child: Child,
+    ingress: SocketAddr,
+    admin: SocketAddr,
+    stderr: Option<JoinHandle<()>>,
+    log: Arc<Mutex<String>>,
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl TestHost {
+    /// A host as it comes, with two workers.
+    #[must_use]
+    pub fn start() -> Self {
+        Self::plan().start()
+    }
+
+    /// A host with flags of its own.
+    #[must_use]
+    pub fn plan() -> Plan {
+        let args = Vec::new();
+        let place = alone::shared;
+        Plan { args, place }.workers(2)
+    }
+
+    /// A host that runs beside no other test's, so that it can be measured. A test can have one.
+    #[must_use]
+    pub fn measured() -> Plan {
+        let place = alone::alone;
+        Plan {
+            place,
+            ..Self::plan()
+        }
+    }
+
+    fn launch(args: Vec<String>, place: Place) -> Self {
+        let data = TempDir::with_prefix("insula-test-").expect("a temporary directory");
+        let shared = Shared {
+            data,
+            args,
+            process: Mutex::new(None),
+            said: Mutex::default(),
+            _place: place,
+        };
+        let process = Process::start(shared.data.path(), &shared.args);
+        *lock(&shared.process) = Some(process);
+        Self {
+            shared: Arc::new(shared),
+        }
+    }
+
+    fn process<T>(&self, look: impl FnOnce(&mut Process) -> T) -> T {
+        look(
+            lock(&self.shared.process)
+                .as_mut()
+                .expect("a host that runs"),
+        )
+    }
+
+    /// Where services answer.
+    #[must_use]
+    pub fn ingress(&self) -> SocketAddr {
+        self.process(|process| process.ingress)
+    }
+
+    /// Where the admin API answers.
+    #[must_use]
+    pub fn admin_address(&self) -> SocketAddr {
+        self.process(|process| process.admin)
+    }
+
+    /// Its data directory.
+    #[must_use]
+    pub fn data(&self) -> &Path {
+        self.shared.data.path()
+    }
+
+    /// The administrator's token, from where the host left it.
+    ///
+    /// # Panics
+    /// When it left none.
+    #[must_use]
+    pub fn token(&self) -> String {
+        let token = fs::read_to_string(self.data().join("admin.token"));
+        token.expect("<data>/admin.token").trim().to_owned()
+    }
+
+    /// The admin API, with the administrator's token.
+    #[must_use]
+    pub fn admin(&self) -> Admin {
+        Admin::new(self.admin_address(), Some(self.token()))
+    }
+
+    /// The admin API, with another token or none.
+    #[must_use]
+    pub fn admin_as(&self, token: Option<&str>) -> Admin {
+        Admin::new(self.admin_address(), token.map(str::to_owned))
+    }
+
+    /// A tenant that is to be created.
+    pub fn tenant(&self, name: &str) -> TenantPlan {
+        TenantPlan::new(self.clone(), name)
+    }
+
+    /// A request to the ingress for a host name that may be anybody's.
+    pub fn request(&self, host: &str, method: &str, target: &str) -> Request {
+        Request::new(self.ingress(), host, method, target)
+    }
+
+    /// The page of `/metrics`.
+    ///
+    /// # Panics
+    /// When it cannot be had.
+    #[must_use]
+    pub fn metrics(&self) -> Metrics {
+        let answer = self.admin().request("GET", "/metrics").send();
+        assert_eq!(answer.status, 200, "{}", answer.text());
+        Metrics::parse(&answer.text())
+    }
+
+    /// Waits until the metrics are as they should be in the end: requests are counted when the
+    /// last of their instance is gone, which is after their answer.
+    pub fn metrics_when(
+        &self,
+        what: &str,
+        good: impl Fn(&Metrics) -> Result<(), String>,
+    ) -> Metrics {
+        until(Duration::from_secs(20), what, || {
+            let metrics = self.metrics();
+            good(&metrics).map(|()| metrics)
+        })
+    }
+
+    /// Waits until so many requests of a tenant have ended, however they did.
+    pub fn when_ended(&self, tenant: &str, requests: u64) -> Metrics {
+        self.metrics_when("all requests are counted", |metrics| {
+            let outcomes = metrics.outcomes(tenant);
+            let ended: u64 = outcomes.values().sum();
+            holds(
+                ended == requests,
+                format!("{ended} of {requests}: {outcomes:?}"),
+            )
+        })
+    }
+
+    /// What a tenant has used, as the admin API has it.
+    ///
+    /// # Panics
+    /// When it is refused.
+    #[must_use]
+    pub fn usage(&self, tenant: &str) -> Value {
+        self.admin().get(&format!("/v1/tenants/{tenant}/usage"))
+    }
+
+    /// The process's id.
+    #[must_use]
+    pub fn pid(&self) -> u32 {
+        self.process(|process| process.child.id())
+    }
+
+    fn proc_file(&self, name: &str) -> String {
+        let path = format!("/proc/{}/{name}", self.pid());
+        fs::read_to_string(&path).unwrap_or_else(|error| panic!("{path}: {error}"))
+    }
+
+    /// CPU time of the process and of its children that have ended, from the kernel's books.
+    ///
+    /// # Panics
+    /// When the kernel's file is not as `proc(5)` has it.
+    #[must_use]
+    pub fn cpu_seconds(&self) -> f64 {
+        let stat = self.proc_file("stat");
+        // Fields 14 to 17, counted after the name, which may hold anything; it is field 2.
+        let (_, fields) = stat.rsplit_once(')').expect("proc(5)");
+        let fields = fields.split_whitespace().skip(11).take(4);
+        let ticks = fields.map(|field| field.parse::<f64>().expect("proc(5)"));
+        ticks.sum::<f64>() / TICKS_PER_SECOND
+    }
+
+    /// Memory that the process has in RAM.
+    ///
+    /// # Panics
+    /// When the kernel's file is not as `proc(5)` has it.
+    #[must_use]
+    pub fn rss_bytes(&self) -> u64 {
+        let status = self.proc_file("status");
+        let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:"));
+        let kib = line.and_then(|rest| rest.split_whitespace().next()?.parse::<u64>().ok());
+        kib.expect("proc(5)") * 1024
+    }
+
+    /// Open files of the process.
+    ///
+    /// # Panics
+    /// When they cannot be counted.
+    #[must_use]
+    pub fn open_files(&self) -> usize {
+        let dir = format!("/proc/{}/fd", self.pid());
+        fs::read_dir(dir).expect("proc(5)").count()
+    }
+
+    /// Whether the process is there.
+    #[must_use]
+    pub fn runs(&self) -> bool {
+        self.process(|process| matches!(process.child.try_wait(), Ok(None)))
+    }
+
+    /// What the host has written to stderr so far, with all its lives in this directory.
+    #[must_use]
+    pub fn said(&self) -> String {
+        let mut said = lock(&self.shared.said).clone();
+        if let Some(process) = &*lock(&self.shared.process) {
+            said.push_str(&lock(&process.log));
+        }
+        said
+    }
+
+    /// Asks the host to end, and does not wait.
+    pub fn terminate(&self) {
+        self.process(|process| process.signal(Signal::TERM));
+    }
+
+    /// Waits for the end of a host that was asked to end.
+    #[must_use]
+    pub fn ended(&self) -> ExitStatus {
+        let mut process = lock(&self.shared.process).take().expect("a host that runs");
+        let status = process.wait(END_WITHIN);
+        lock(&self.shared.said).push_str(&lock(&process.log));
+        status
+    }
+
+    /// Ends the host in order and starts another on the same data.
+    ///
+    /// # Panics
+    /// When it does not end with exit code 0.
+    pub fn restart(&self) {
+        self.terminate();
+        let status = self.ended();
+        assert!(
+            status.success(),
+            "the host ended with {status}:\n{}",
+            self.said()
+        );
+        self.start_again();
+    }
+
+    /// Kills the host at once and starts another on the same data.
+    pub fn crash_and_restart(&self) {
+        self.process(|process| process.signal(Signal::KILL));
+        let _ = self.ended();
+        self.start_again();
+    }
+
+    fn start_again(&self) {
+        let process = Process::start(self.data(), &self.shared.args);
+        *lock(&self.shared.process) = Some(process);
+    }
+
+    /// Files in a folder of the data directory, and below it.
+    #[must_use]
+    pub fn files(&self, folder: &str) -> Vec<PathBuf> {
+        let mut found = Vec::new();
+        let mut folders = vec![self.data().join(folder)];
+        while let Some(folder) = folders.pop() {
+            let Ok(entries) = fs::read_dir(&folder) else {
+                continue;
+            };
+            for path in entries.filter_map(|entry| Some(entry.ok()?.path())) {
+                if path.is_dir() {
+                    folders.push(path);
+                } else {
+                    found.push(path);
+                }
+            }
+        }
+        found.sort();
+        found
+    }
+}
+
+impl Process {
+    fn start(data: &Path, args: &[String]) -> Self {
+        let mut command = Command::new(guests::insula());
+        command.arg("serve").arg("--data").arg(data);
+        command.args(["--listen", "127.0.0.1:0", "--admin", "127.0.0.1:0"]);
+        command.args(args);
+        for (name, _) in std::env::vars_os() {
+            if name.to_string_lossy().starts_with("INSULA_") {
+                command.env_remove(name);
+            }
+        }
+        let spawned = command
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn();
+        let mut child = spawned.unwrap_or_else(|error| panic!("{command:?}: {error}"));
+        let log = Arc::new(Mutex::new(String::new()));
+        let stderr = child.stderr.take().expect("a pipe");
+        let sink = Arc::clone(&log);
+        let stderr = std::thread::spawn(move || gather(stderr, &sink));
+        let stdout = child.stdout.take().expect("a pipe");
+        let mut process = Self {
+            child,
+            ingress: SocketAddr::from(([0; 4], 0)),
+            admin: SocketAddr::from(([0; 4], 0)),
+            stderr: Some(stderr),
+            log,
+        };
+        match announced(stdout) {
+            Some((ingress, admin)) => (process.ingress, process.admin) = (ingress, admin),
+            None => {
+                let status = process.wait(START_WITHIN);
+                panic!("the host did not start ({status}):\n{}", lock(&process.log));
+            }
+        }
+        process
+    }
+
+    fn signal(&self, signal: Signal) {
+        let pid = i32::try_from(self.child.id()).ok().and_then(Pid::from_raw);
+        // An error means that it is gone already.
+        let _ = kill_process(pid.expect("a process id"), signal);
+    }
+
+    fn wait(&mut self, limit: Duration) -> ExitStatus {
+        let asked = Instant::now();
+        let status = loop {
+            match self.child.try_wait().expect("a child") {
+                Some(status) => break status,
+                None if asked.elapsed() > limit => {
+                    let _ = self.child.kill();
+                    let status = self.child.wait().expect("a child");
+                    panic!(
+                        "the host did not end within {limit:?} ({status}):\n{}",
+                        lock(&self.log)
+                    );
+                }
+                None => std::thread::sleep(Duration::from_millis(5)),
+            }
+        };
+        if let Some(stderr) = self.stderr.take() {
+            let _ = stderr.join();
+        }
+        status
+    }
+}
+
+/// `ingress http://…`, `admin http://…`, …, `ready`. What follows is read and forgotten, so that
+/// the host never writes to a full or a closed pipe.
+fn announced(stdout: ChildStdout) -> Option<(SocketAddr, SocketAddr)> {
+    let mut reader = BufReader::new(stdout);
+    let (mut ingress, mut admin) = (None, None);
+    loop {
+        let mut line = String::new();
+        if reader.read_line(&mut line).ok()? == 0 {
+            return None;
+        }
+        let mut words = line.split_whitespace();
+        let word = words.next().unwrap_or_default();
+        let address = || {
+            let url = words.next()?;
+            url.strip_prefix("http://")?.parse::<SocketAddr>().ok()
+        };
+        let mut address = address;
+        match word {
+            "ingress" => ingress = address(),
+            "admin" => admin = address(),
+            "ready" => break,
+            _ => {}
+        }
+    }
+    std::thread::spawn(move || {
+        let mut rest = [0; 4096];
+        while matches!(reader.read(&mut rest), Ok(1..)) {}
+    });
+    Some((ingress?, admin?))
+}
+
+/// Keeps what a host says, up to a bound.
+fn gather(stderr: impl Read, sink: &Mutex<String>) {
+    const KEPT_MAX: usize = 4 << 20;
+    for line in BufReader::new(stderr).split(b'\n').map_while(Result::ok) {
+        let mut log = lock(sink);
+        if log.len() < KEPT_MAX {
+            log.push_str(&String::from_utf8_lossy(&line));
+            log.push('\n');
+        }
+    }
+}
+
+impl Drop for Shared {
+    fn drop(&mut self) {
+        if let Some(mut process) = lock(&self.process).take() {
+            let _ = process.child.kill();
+            let _ = process.child.wait();
+            if let Some(stderr) = process.stderr.take() {
+                let _ = stderr.join();
+            }
+            lock(&self.said).push_str(&lock(&process.log));
+        }
+        if std::thread::panicking() {
+            let said = lock(&self.said);
+            eprintln!("--- the host's stderr\n{said}--- end of the host's stderr");
+        }
+    }
+}

@@ -1,0 +1,253 @@
+//! Every hostile sample, a thousand times: the right ending, a host that is still there, and its
+//! memory back to the level before.
+//!
+//! The limits are small so that a thousand tries are quick, and such that each sample has one
+//! ending only.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::time::Duration;
+
+use insula_tests::load::Load;
+use insula_tests::wait::holds;
+use insula_tests::{TestHost, guests, load, until};
+use serde_json::{Value, json};
+
+use crate::samples;
+
+const TRIES: u64 = 1_000;
+/// How far above the level before the host's memory may stay.
+const MEMORY_SLACK_BYTES: u64 = 16 << 20;
+
+/// One way to attack.
+struct Case {
+    sample: &'static str,
+    path: &'static str,
+    limits: fn() -> Value,
+    /// How every try ends.
+    outcome: &'static str,
+    sees: Sees,
+    /// Tries at once.
+    at_once: usize,
+}
+
+/// What a client gets of it.
+enum Sees {
+    /// A problem with this status, and the outcome as its code.
+    Problem(u16),
+    /// An answer that begins well and is cut off.
+    CutOff,
+}
+
+/// Makes a test of each case, and a table of all.
+macro_rules! cases {
+    ($($name:ident = $case:expr;)*) => {
+        const CASES: &[Case] = &[$($case),*];
+        $(#[test]
+        fn $name() {
+            attack(&$case);
+        })*
+    };
+}
+
+const fn problem(
+    sample: &'static str,
+    path: &'static str,
+    limits: fn() -> Value,
+    outcome: &'static str,
+    status: u16,
+) -> Case {
+    let sees = Sees::Problem(status);
+    Case {
+        sample,
+        path,
+        limits,
+        outcome,
+        sees,
+        at_once: 4,
+    }
+}
+
+cases! {
+    a_loop_in_the_handler_runs_out_of_fuel =
+        problem("spin", "/", || json!({"fuel": "2M"}), "out_of_fuel", 504);
+    a_loop_in_the_handler_times_out =
+        problem("spin", "/", || json!({"fuel": "1T", "timeout": "20ms"}), "timeout", 504);
+    a_loop_in_an_initialiser_runs_out_of_fuel =
+        problem("start-loop", "/", || json!({"fuel": "2M"}), "out_of_fuel", 504);
+    a_loop_in_an_initialiser_times_out =
+        problem("start-loop", "/", || json!({"fuel": "1T", "timeout": "20ms"}), "timeout", 504);
+    a_memory_bomb_runs_out_of_memory =
+        problem("memory-bomb", "/", || json!({"memory": "8MiB"}), "out_of_memory", 502);
+    a_bulk_fill_beyond_the_limit_runs_out_of_memory =
+        problem("fill", "/", || json!({"memory": "16MiB"}), "out_of_memory", 502);
+    a_bulk_fill_without_end_times_out =
+        problem("fill", "/?mib=4", || json!({"timeout": "20ms"}), "timeout", 504);
+    a_deep_recursion_traps = problem("recursion", "/", || json!({}), "trap", 502);
+    an_abort_traps = problem("trap", "/", || json!({}), "trap", 502);
+    a_panic_traps = problem("echo", "/panic", || json!({}), "trap", 502);
+    a_guest_that_waits_forever_times_out = Case {
+        at_once: 64,
+        ..problem("mute", "/", || json!({"timeout": "50ms"}), "timeout", 504)
+    };
+    a_guest_that_sleeps_times_out = Case {
+        at_once: 64,
+        ..problem("echo", "/sleep?ms=60000", || json!({"timeout": "50ms"}), "timeout", 504)
+    };
+    no_response_is_a_bad_response =
+        problem("no-response", "/", || json!({}), "bad_response", 502);
+    a_body_shorter_than_its_length_is_a_bad_response =
+        problem("short-body", "/", || json!({}), "bad_response", 502);
+    a_flood_of_headers_traps =
+        problem("header-flood", "/", || json!({}), "trap", 502);
+    a_body_without_end_runs_out_of_fuel = Case {
+        sees: Sees::CutOff,
+        ..problem("endless-body", "/", || json!({"fuel": "400k"}), "out_of_fuel", 0)
+    };
+    a_slow_body_without_end_times_out = Case {
+        sees: Sees::CutOff,
+        at_once: 64,
+        ..problem("slow-body", "/", || json!({"timeout": "250ms"}), "timeout", 0)
+    };
+}
+
+fn attack(case: &Case) {
+    let host = TestHost::start();
+    let victim = host.tenant("victim").create().deploy("hello");
+    let tenant = host.tenant("hostile").create();
+    let service = tenant
+        .service("hostile")
+        .limits((case.limits)())
+        .deploy(case.sample);
+    // A pool that has served so many at once keeps what it needs for it.
+    let warm = load::times(200, case.at_once, &victim.get("/"));
+    assert_eq!(warm.status(200), 200, "{warm:?}");
+    let before = host.rss_bytes();
+
+    let load = load::times(TRIES, case.at_once, &service.get(case.path));
+    look(case, &load);
+    let metrics = host.when_ended("hostile", TRIES);
+    let expected = BTreeMap::from([(case.outcome.to_owned(), TRIES)]);
+    assert_eq!(metrics.outcomes("hostile"), expected);
+    assert!(
+        metrics.cpu_seconds("hostile") > 0.0,
+        "what ends badly is charged too"
+    );
+    assert_eq!(
+        metrics.sum("insula_instances", &[("tenant", "hostile")]),
+        0.0
+    );
+    assert_eq!(
+        metrics.sum("insula_memory_bytes", &[("tenant", "hostile")]),
+        0.0
+    );
+
+    let after = until(Duration::from_secs(20), "the host's memory is back", || {
+        let now = host.rss_bytes();
+        let back = now <= before + MEMORY_SLACK_BYTES;
+        holds(back, format!("{} MiB, {} before", now >> 20, before >> 20)).map(|()| now)
+    });
+    let (before, after) = (before >> 20, after >> 20);
+    eprintln!(
+        "{}: {before} MiB before, {after} MiB after; {:?}",
+        case.sample,
+        load.quantile(0.5)
+    );
+    assert_eq!(victim.get("/").send().status, 200);
+    let said = host.said();
+    assert!(
+        !said.contains("panicked") && !said.contains("ERROR"),
+        "{said}"
+    );
+}
+
+fn look(case: &Case, load: &Load) {
+    match case.sees {
+        Sees::Problem(status) => {
+            assert_eq!(
+                load.statuses,
+                BTreeMap::from([(status, TRIES)]),
+                "{:?}",
+                load.problems
+            );
+            let code = case.outcome.to_owned();
+            assert_eq!(load.problems, BTreeMap::from([(code, TRIES)]));
+        }
+        Sees::CutOff => assert_eq!(load.statuses, BTreeMap::from([(0, TRIES)])),
+    }
+}
+
+/// The packages in a folder of samples.
+fn packages(folder: &str) -> Vec<String> {
+    let path = guests::repository().join(folder);
+    let entries = fs::read_dir(&path).unwrap_or_else(|error| panic!("{}: {error}", path.display()));
+    let mut found: Vec<_> = entries
+        .filter_map(Result::ok)
+        .filter(|entry| entry.path().join("Cargo.toml").is_file())
+        .map(|entry| entry.file_name().to_string_lossy().into_owned())
+        .collect();
+    found.sort();
+    assert!(!found.is_empty(), "{}", path.display());
+    found
+}
+
+#[test]
+fn every_sample_has_a_test() {
+    let hostile = packages("samples/hostile");
+    for sample in &hostile {
+        let tested = CASES.iter().any(|case| case.sample == sample);
+        assert!(
+            tested,
+            "samples/hostile/{sample} has no case in {}",
+            file!()
+        );
+    }
+    assert_eq!(
+        packages("samples"),
+        samples::TESTED,
+        "the samples that samples.rs tests"
+    );
+    for case in CASES {
+        let known = hostile.iter().any(|sample| sample == case.sample);
+        assert!(
+            known || samples::TESTED.contains(&case.sample),
+            "{}",
+            case.sample
+        );
+    }
+}
+
+#[test]
+fn a_problem_shows_nothing_of_the_hosts_insides() {
+    let host = TestHost::start();
+    let tenant = host.tenant("hostile").create();
+    for sample in [
+        "trap",
+        "recursion",
+        "no-response",
+        "header-flood",
+        "memory-bomb",
+    ] {
+        let service = tenant.deploy(sample);
+        let answer = service.get("/").send();
+        let code = answer.problem();
+        let text = answer.text().to_lowercase();
+        for inside in [
+            "wasm",
+            "host/src",
+            ".rs:",
+            "panicked",
+            "backtrace",
+            "0x",
+            "hyper",
+            "tokio",
+        ] {
+            assert!(
+                !text.contains(inside),
+                "{sample} ({code}) shows {inside}: {text}"
+            );
+        }
+        let id = answer.header("x-request-id").expect("x-request-id");
+        assert_eq!(answer.json()["request_id"], json!(id));
+    }
+}

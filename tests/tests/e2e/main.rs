@@ -1,0 +1,17 @@
+//! What Insula looks like from outside: real processes, real sockets, real files. A module per
+//! feature; every test is a sentence that holds.
+
+mod admin;
+mod bad_bytes;
+mod cli;
+mod curl;
+mod fuel;
+mod hostile;
+mod ingress;
+mod logs;
+mod main_job;
+mod measured;
+mod prometheus;
+mod python;
+mod samples;
+mod streaming;

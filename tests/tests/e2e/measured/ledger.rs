@@ -1,0 +1,230 @@
+//! Ledger and truth agree: what tenants are charged is what the kernel says was used.
+
+use std::time::Duration;
+
+use insula_tests::wait::{holds, until};
+use insula_tests::{Metrics, Service, TestHost, load};
+use serde_json::json;
+
+/// What the kernel and the ledger say at one moment.
+struct Books {
+    process: f64,
+    metrics: Metrics,
+}
+
+impl Books {
+    fn read(host: &TestHost) -> Self {
+        // The two cannot be read at once; the page itself costs little.
+        let metrics = host.metrics();
+        let process = host.cpu_seconds();
+        Self { process, metrics }
+    }
+
+    fn tenants(&self) -> f64 {
+        self.metrics.sum("insula_cpu_seconds_total", &[])
+    }
+
+    fn host(&self) -> f64 {
+        self.metrics.sum("insula_host_cpu_seconds_total", &[])
+    }
+}
+
+fn computing(host: &TestHost, tenant: &str) -> Service {
+    let limits = json!({"fuel": "1T", "timeout": "5m"});
+    host.tenant(tenant)
+        .create()
+        .service("echo")
+        .limits(limits)
+        .deploy("echo")
+}
+
+/// Steps of `/burn` that take about this long on an idle core.
+fn steps_for(service: &Service, milliseconds: u64) -> u64 {
+    let probe: u64 = 20_000_000;
+    let load = load::times(3, 1, &service.get(&format!("/burn?n={probe}")));
+    assert_eq!(load.status(200), 3, "{:?}", load.problems);
+    let took = load.latencies[0].as_micros().max(1);
+    u64::try_from(u128::from(probe) * u128::from(milliseconds) * 1000 / took).expect("a number")
+}
+
+#[test]
+fn the_cpu_time_of_a_tenant_that_computes_is_the_processs_own() {
+    let host = TestHost::measured().start();
+    let echo = computing(&host, "a");
+    let steps = steps_for(&echo, 500);
+    host.when_ended("a", 3);
+    let before = Books::read(&host);
+    let load = load::times(24, 2, &echo.get(&format!("/burn?n={steps}")));
+    assert_eq!(load.status(200), 24, "{:?}", load.problems);
+    host.when_ended("a", 27);
+    let after = Books::read(&host);
+    let process = after.process - before.process;
+    let charged = after.metrics.cpu_seconds("a") - before.metrics.cpu_seconds("a");
+    let part = charged / process;
+    eprintln!(
+        "one tenant computes: {charged:.3} s charged of {process:.3} s used, {:.2} %",
+        part * 100.0
+    );
+    assert!(process > 4.0, "too short to tell: {process} s");
+    assert!((0.96..=1.005).contains(&part), "{charged} s of {process} s");
+}
+
+#[test]
+fn tenants_that_compute_one_and_three_are_charged_one_and_three() {
+    let host = TestHost::measured().start();
+    let (one, three) = (computing(&host, "one"), computing(&host, "three"));
+    let steps = steps_for(&one, 60);
+    let _ = steps_for(&three, 60);
+    host.when_ended("one", 3);
+    host.when_ended("three", 3);
+    let before = host.metrics();
+    // In turn, so that both meet the same machine.
+    let path = format!("/burn?n={steps}");
+    let rounds = 40;
+    for _ in 0..rounds {
+        for service in [&one, &three, &three, &three] {
+            assert_eq!(service.get(&path).send().status, 200);
+        }
+    }
+    host.when_ended("one", 3 + rounds);
+    let after = host.when_ended("three", 3 + 3 * rounds);
+    let cpu = |tenant: &str| after.cpu_seconds(tenant) - before.cpu_seconds(tenant);
+    let fuel = |tenant: &str| after.fuel(tenant) - before.fuel(tenant);
+    let ratio = cpu("three") / cpu("one");
+    eprintln!(
+        "work 1:3 is charged {:.3} s : {:.3} s, 1:{ratio:.4}",
+        cpu("one"),
+        cpu("three")
+    );
+    assert_eq!(fuel("three"), 3 * fuel("one"));
+    assert!((ratio / 3.0 - 1.0).abs() <= 0.02, "1:{ratio}");
+}
+
+#[test]
+fn tenants_with_shares_of_one_and_three_get_one_and_three_while_both_want_all() {
+    let host = TestHost::measured().start();
+    let limits = json!({"fuel": "1T", "timeout": "5m"});
+    let loops: Vec<_> = [("one", 1000), ("three", 3000)]
+        .into_iter()
+        .flat_map(|(name, shares)| {
+            let tenant = host.tenant(name).shares(shares).create();
+            let spin = tenant.service("spin").limits(limits.clone()).deploy("spin");
+            (0..4).map(move |_| {
+                let mut connection = spin.connect();
+                connection.write(&spin.get("/")).expect("sent");
+                connection
+            })
+        })
+        .collect();
+    host.metrics_when("all loops run", |metrics| {
+        let running = metrics.sum("insula_instances", &[("state", "running")]);
+        holds(running == 8.0, format!("{running}"))
+    });
+    let before = Books::read(&host);
+    let after = until(
+        Duration::from_secs(60),
+        "ten seconds of CPU time are used",
+        || {
+            std::thread::sleep(Duration::from_millis(200));
+            let now = Books::read(&host);
+            let used = now.tenants() - before.tenants();
+            holds(used >= 10.0, format!("{used} s")).map(|()| now)
+        },
+    );
+    let cpu = |tenant: &str| after.metrics.cpu_seconds(tenant) - before.metrics.cpu_seconds(tenant);
+    let ratio = cpu("three") / cpu("one");
+    let part = (after.tenants() - before.tenants()) / (after.process - before.process);
+    eprintln!(
+        "shares 1000:3000 get {:.3} s : {:.3} s, 1:{ratio:.4}; {:.2} % of the process's time",
+        cpu("one"),
+        cpu("three"),
+        part * 100.0
+    );
+    assert!((ratio / 3.0 - 1.0).abs() <= 0.02, "1:{ratio}");
+    // They waited for each other, and that is told too.
+    let waited = |tenant: &str| {
+        let labels = [("tenant", tenant)];
+        let family = "insula_cpu_wait_seconds_total";
+        after.metrics.sum(family, &labels) - before.metrics.sum(family, &labels)
+    };
+    assert!(
+        waited("one") > 1.0 && waited("three") > 0.1,
+        "{} {}",
+        waited("one"),
+        waited("three")
+    );
+    drop(loops);
+}
+
+#[test]
+fn over_a_mixed_load_tenants_and_host_add_up_to_the_process() {
+    let host = TestHost::measured().start();
+    let limits = json!({"fuel": "10G", "timeout": "30s"});
+    let web = host.tenant("web").create();
+    let hello = web.deploy("hello");
+    let markdown = web.deploy("markdown");
+    let work = host
+        .tenant("work")
+        .create()
+        .service("echo")
+        .limits(limits)
+        .deploy("echo");
+    let live = host.tenant("live").create().deploy("sse");
+    let bad = host
+        .tenant("bad")
+        .create()
+        .service("spin")
+        .limits(json!({"fuel": "20M"}))
+        .deploy("spin");
+    let text = "# Title\n\n* one\n* two\n".repeat(50);
+    let requests = [
+        (hello.get("/"), 2),
+        (markdown.post("/", text), 1),
+        (work.get("/burn?n=5000000"), 1),
+        (work.get("/sleep?ms=5"), 2),
+        (work.post("/", vec![b'x'; 100_000]), 1),
+        (live.get("/?count=20&interval_ms=10"), 2),
+        (bad.get("/"), 1),
+    ];
+    let before = Books::read(&host);
+    let span = Duration::from_secs(20);
+    let mut served = 0;
+    std::thread::scope(|scope| {
+        let loads: Vec<_> = requests
+            .iter()
+            .map(|(request, connections)| {
+                scope.spawn(move || load::during(span, *connections, request))
+            })
+            .collect();
+        for load in loads {
+            let load = load.join().expect("a load");
+            served += load.total();
+            assert_eq!(load.status(0), 0, "{:?} {:?}", load.statuses, load.problems);
+        }
+    });
+    // The host's own time is read from books that the kernel writes every tick.
+    host.metrics_when("no instance is left", |metrics| {
+        let left = metrics.sum("insula_instances", &[]);
+        holds(left == 0.0, format!("{left}"))
+    });
+    let after = Books::read(&host);
+    let process = after.process - before.process;
+    let tenants = after.tenants() - before.tenants();
+    let own = after.host() - before.host();
+    let part = (tenants + own) / process;
+    eprintln!(
+        "{served} mixed requests: tenants {tenants:.3} s + host {own:.3} s of {process:.3} s, {:.2} %",
+        part * 100.0
+    );
+    assert!(process > 5.0, "too little to tell: {process} s");
+    assert!(
+        (part - 1.0).abs() <= 0.02,
+        "{tenants} s + {own} s of {process} s"
+    );
+    for tenant in ["web", "work", "live", "bad"] {
+        assert!(
+            after.metrics.cpu_seconds(tenant) > before.metrics.cpu_seconds(tenant),
+            "{tenant}"
+        );
+    }
+}

@@ -1,0 +1,4 @@
+//! Tests that measure CPU time or latency, and therefore run alone (`.config/nextest.toml`).
+
+mod ledger;
+mod neighbours;

@@ -1,0 +1,128 @@
+//! A tenant that behaves badly is nobody else's concern.
+
+use std::time::{Duration, Instant};
+
+use insula_tests::wait::holds;
+use insula_tests::{TestHost, load};
+use serde_json::json;
+
+#[test]
+fn a_service_keeps_answering_beside_eight_endless_loops_on_two_workers() {
+    let host = TestHost::measured().workers(2).start();
+    let victim = host.tenant("victim").create().deploy("hello");
+    let span = Duration::from_secs(8);
+    let alone = load::during(Duration::from_secs(2), 1, &victim.get("/"));
+    let loops: Vec<_> = (0..8)
+        .map(|n| {
+            let tenant = host.tenant(&format!("loop-{n}")).create();
+            // Half of them end by their fuel, half by their time.
+            let limits = match n % 2 {
+                0 => json!({"fuel": "4G", "timeout": "60s"}),
+                _ => json!({"fuel": "1T", "timeout": "10s"}),
+            };
+            tenant.service("spin").limits(limits).deploy("spin")
+        })
+        .collect();
+    std::thread::scope(|scope| {
+        let running: Vec<_> = loops
+            .iter()
+            .map(|spin| {
+                let request = spin.get("/").patience(Duration::from_secs(120));
+                scope.spawn(move || {
+                    let began = Instant::now();
+                    (request.send(), began.elapsed())
+                })
+            })
+            .collect();
+        host.metrics_when("all loops run", |metrics| {
+            let now = metrics.sum("insula_instances", &[("state", "running")]);
+            holds(now == 8.0, format!("{now}"))
+        });
+        let load = load::during(span, 1, &victim.get("/"));
+        assert_eq!(
+            load.status(200),
+            load.total(),
+            "{:?} {:?}",
+            load.statuses,
+            load.problems
+        );
+        let (p50, p99) = (load.quantile(0.5), load.quantile(0.99));
+        eprintln!(
+            "hello alone: p50 {:?}, p99 {:?}; beside 8 loops: {} answers, p50 {p50:?}, p99 {p99:?}, worst {:?}",
+            alone.quantile(0.5),
+            alone.quantile(0.99),
+            load.total(),
+            load.quantile(1.0),
+        );
+        assert!(p99 <= Duration::from_millis(20), "p99 {p99:?}");
+        assert!(load.total() > 100, "{}", load.total());
+        for (n, ended) in running.into_iter().enumerate() {
+            let (answer, took) = ended.join().expect("a client");
+            let expected = if n % 2 == 0 { "out_of_fuel" } else { "timeout" };
+            assert_eq!(
+                (answer.status, answer.problem().as_str()),
+                (504, expected),
+                "{n}"
+            );
+            if expected == "timeout" {
+                let late = took.saturating_sub(Duration::from_secs(10));
+                assert!(
+                    took >= Duration::from_millis(9_900),
+                    "{n} was given {took:?}"
+                );
+                assert!(late < Duration::from_millis(500), "{n} was given {took:?}");
+            }
+        }
+    });
+    for n in 0..8 {
+        let tenant = format!("loop-{n}");
+        let metrics = host.when_ended(&tenant, 1);
+        let limit = if n % 2 == 0 {
+            4_000_000_000
+        } else {
+            1_000_000_000_000
+        };
+        assert!(
+            metrics.fuel(&tenant) <= limit,
+            "{tenant}: {}",
+            metrics.fuel(&tenant)
+        );
+        assert!(
+            metrics.cpu_seconds(&tenant) > 0.5,
+            "{tenant}: {}",
+            metrics.cpu_seconds(&tenant)
+        );
+    }
+    assert_eq!(victim.get("/").send().status, 200);
+}
+
+#[test]
+fn the_admin_api_never_waits_behind_a_guest() {
+    let host = TestHost::measured().workers(2).start();
+    let tenant = host.tenant("a").create();
+    let limits = json!({"fuel": "1T", "timeout": "5m"});
+    let spin = tenant.service("spin").limits(limits).deploy("spin");
+    let _loops: Vec<_> = (0..16)
+        .map(|_| {
+            let mut connection = spin.connect();
+            connection.write(&spin.get("/")).expect("sent");
+            connection
+        })
+        .collect();
+    host.metrics_when("the loops run", |metrics| {
+        let now = metrics.sum("insula_instances", &[("state", "running")]);
+        holds(now == 16.0, format!("{now}"))
+    });
+    let request = host.admin().request("GET", "/v1/tenants");
+    let load = load::during(Duration::from_secs(4), 1, &request);
+    assert_eq!(load.status(200), load.total(), "{:?}", load.statuses);
+    let p99 = load.quantile(0.99);
+    eprintln!(
+        "admin API beside 16 loops: p50 {:?}, p99 {p99:?}",
+        load.quantile(0.5)
+    );
+    assert!(p99 < Duration::from_millis(100), "{p99:?}");
+    // And deploys go on.
+    let hello = host.tenant("b").create().deploy("hello");
+    assert_eq!(hello.get("/").send().status, 200);
+}

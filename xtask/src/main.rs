@@ -1,0 +1,90 @@
+//! `cargo xtask`: what one does with this repository, in one word each.
+//!
+//! Stays small, because it is built before anything else; in particular it must never depend on
+//! the host.
+//!
+//! * [`checks`]: everything that must hold, and the order in which it is looked at
+//! * [`deps`]: which crate may use which, and which words may stand where
+//! * [`licences`]: what we stand on, and under which terms
+//! * [`guests`]: the samples, built
+//! * [`tools`]: programs of others that tests use
+#![forbid(unsafe_code)]
+
+mod checks;
+mod deps;
+mod guests;
+mod licences;
+mod repository;
+mod tools;
+
+use std::io::Write;
+use std::process::ExitCode;
+
+use anyhow::Result;
+
+use repository::Repository;
+
+const USAGE: &str = "\
+usage: cargo xtask VERB
+
+  test [ARGS]  lints, dependencies, documentation, guests and all tests, as CI does;
+               with ARGS only guests and tests, and the arguments go to the test runner
+  ci           the same as test
+  guests       build all samples into target/guests
+  tools        fetch the programs of others that tests use into target/tools
+  lint         rustfmt and clippy
+  deps         which crate may use which
+  deny         licences, sources and advisories of what we depend on
+  doc          build the documentation, without warnings
+";
+
+/// Bad usage, as in the program itself.
+const BAD_USAGE: u8 = 2;
+
+fn main() -> ExitCode {
+    let mut args = std::env::args().skip(1);
+    let verb = args.next().unwrap_or_default();
+    let rest: Vec<String> = args.collect();
+    match run(&verb, rest) {
+        Ok(code) => code,
+        Err(error) => {
+            say(&format!("error: {error:#}"));
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(verb: &str, rest: Vec<String>) -> Result<ExitCode> {
+    let takes_more = verb == "test" || rest.is_empty();
+    let plan = match verb {
+        "ci" | "test" if rest.is_empty() => checks::everything(),
+        "test" => checks::tests_only(rest),
+        "lint" if takes_more => checks::lint(),
+        "doc" if takes_more => checks::doc(),
+        "deps" if takes_more => checks::deps(),
+        "deny" if takes_more => checks::deny(),
+        "guests" if takes_more => {
+            guests::build(&Repository::find()?)?;
+            return Ok(ExitCode::SUCCESS);
+        }
+        "tools" if takes_more => {
+            tools::ensure(&Repository::find()?);
+            return Ok(ExitCode::SUCCESS);
+        }
+        "" | "help" | "-h" | "--help" => {
+            say(USAGE.trim_end());
+            return Ok(ExitCode::SUCCESS);
+        }
+        _ => {
+            say(USAGE.trim_end());
+            return Ok(ExitCode::from(BAD_USAGE));
+        }
+    };
+    checks::run(&Repository::find()?, plan)
+}
+
+/// To whoever waits: on stderr, where the test runner writes as well. A closed terminal is no
+/// reason to stop.
+fn say(line: &str) {
+    let _ = writeln!(std::io::stderr().lock(), "{line}");
+}
