@@ -113,10 +113,11 @@ pub(crate) async fn ensure_service(client: &Client, service: &ServiceRef) -> Res
             output::note(&format!("created service {service}"));
             Ok(())
         }
-        Err(error) if error.is_not_found() => Err(error).context(format!(
-            "tenant {} is missing: create it with `insula tenants set {}`, or add --create",
-            service.tenant, service.tenant
-        )),
+        Err(error) if error.is_not_found() => bail!(
+            "tenant {tenant} is missing\n\
+             create it with `insula tenants set {tenant}`, or add --create",
+            tenant = service.tenant
+        ),
         Err(error) => Err(error.into()),
     }
 }

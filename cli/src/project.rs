@@ -4,7 +4,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
-use insula_toolchain::{Artefact, BuildOptions, LineProgress, Settings, Toolchain};
+use insula_toolchain::{Artefact, BuildError, BuildOptions, LineProgress, Settings, Toolchain};
 use insula_types::ServiceName;
 
 use crate::args::BuildArgs;
@@ -21,7 +21,11 @@ pub(crate) fn build(dir: &Path) -> Result<Artefact> {
         .canonicalize()
         .with_context(|| dir.display().to_string())?;
     let toolchain = Toolchain::find_with(&Settings::from_env(&dir), &mut progress)?;
-    Ok(toolchain.build(&dir, &BuildOptions::default(), &mut progress)?)
+    match toolchain.build(&dir, &BuildOptions::default(), &mut progress) {
+        // The compiler's words were passed on while they came.
+        Err(BuildError::Cargo { status, .. }) => bail!("cargo build failed ({status})"),
+        built => Ok(built?),
+    }
 }
 
 /// [`build`] beside other tasks: on a thread where it may block.

@@ -122,7 +122,7 @@ pub fn start(
         .first()
         .and_then(|listener| listener.local_addr().ok());
     let address = address.unwrap_or(config.listen);
-    let (phase, _) = watch::channel(Phase::Serving);
+    let (phase, _) = watch::channel(Phase::Starting);
     let mut plane = DataPlane {
         ingress: address,
         threads: Vec::with_capacity(config.workers + 1),
@@ -239,6 +239,7 @@ impl Desk {
     async fn apply(&mut self, batch: &mut Vec<Command>) -> Vec<FromData> {
         let mut answers = Vec::with_capacity(batch.len());
         let mut changed = false;
+        let mut opening = false;
         for Command { seq, body } in batch.drain(..) {
             let result = match body {
                 ToData::Collect => {
@@ -249,6 +250,10 @@ impl Desk {
                     }
                     answers.push(FromData::Collected { seq, collected });
                     continue;
+                }
+                ToData::Open => {
+                    opening = true;
+                    Ok(())
                 }
                 ToData::Drain { deadline } => {
                     self.drain(deadline).await;
@@ -275,8 +280,13 @@ impl Desk {
             };
             answers.push(FromData::Done { seq, result });
         }
-        if changed {
+        // Nobody can ask before the first `Open`; one table at the end is enough until then.
+        let starting = *self.phase.borrow() == Phase::Starting;
+        if opening || (changed && !starting) {
             self.publish();
+        }
+        if opening && starting {
+            self.phase.send_replace(Phase::Serving);
         }
         answers
     }

@@ -56,6 +56,9 @@ pub enum ToData {
     Service(Box<ServiceIntent>),
     /// The service is gone: running requests are cancelled, series removed.
     DropService(ServiceId),
+    /// The whole intent has been told: accept connections. Until then the kernel holds them, so
+    /// that a restart answers late and not wrongly.
+    Open,
     /// Answer with [`FromData::Collected`].
     Collect,
     /// Accept no connection any more, finish what runs until the deadline, then answer.

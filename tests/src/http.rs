@@ -47,7 +47,7 @@ pub struct Head {
 }
 
 /// A whole response.
-#[derive(Debug, Clone)]
+#[derive(Clone)]
 pub struct Answer {
     /// The status code.
     pub status: u16,
@@ -57,6 +57,18 @@ pub struct Answer {
     pub body: Vec<u8>,
     /// What followed a chunked body.
     pub trailers: Headers,
+}
+
+impl std::fmt::Debug for Answer {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let body = &self.body[..self.body.len().min(2_000)];
+        f.debug_struct("Answer")
+            .field("status", &self.status)
+            .field("headers", &self.headers)
+            .field("body", &String::from_utf8_lossy(body))
+            .field("trailers", &self.trailers)
+            .finish()
+    }
 }
 
 /// What `insula-usage` says.

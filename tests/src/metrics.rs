@@ -57,7 +57,11 @@ impl Metrics {
     /// The sum of the samples of a name that have all these labels; 0 where there are none.
     #[must_use]
     pub fn sum(&self, name: &str, labels: &[(&str, &str)]) -> f64 {
-        self.of(name, labels).map(|sample| sample.value).sum()
+        // An empty sum of floats is -0.
+        self.of(name, labels)
+            .map(|sample| sample.value)
+            .sum::<f64>()
+            + 0.0
     }
 
     /// The same for a counter of whole things.

@@ -58,6 +58,12 @@ pub(crate) fn everything() -> Vec<Step> {
 /// Guests, tools and tests; `args` go to the test runner.
 pub(crate) fn tests_only(args: Vec<String>) -> Vec<Step> {
     vec![
+        // As it is shipped: in a build of the whole workspace, what tests want of dependencies
+        // would be part of it.
+        step("program", |repository| {
+            let mut command = cargo(&repository.root);
+            passes(command.args(["build", "--release", "--package", "insula"]))
+        }),
         step("guests", |repository| {
             guests::build(repository)?;
             Ok(Ended::Passed)
@@ -147,6 +153,7 @@ fn tests(repository: &Repository, tools: &Tools, args: &[String]) -> Result<Ende
         command.args(["--lib", "--bins", "--tests"]);
     }
     command.args(args);
+    command.env("INSULA_TEST_BIN", repository.target.join("release/insula"));
     command.env("INSULA_TEST_GUESTS", repository.guests());
     tools.tell(&mut command);
     passes(&mut command)

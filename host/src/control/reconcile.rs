@@ -5,7 +5,7 @@
 //! 3. Every tenant and service is sent to data, with its artefact.
 //! 4. A service whose artefact is missing (another engine or CPU) or refused (damaged) is sent
 //!    without a version; its component is compiled again in the background, and sent again.
-//! 5. When the last of those is done, the host is ready.
+//! 5. Data is told to accept connections; when the last compilation is done, the host is ready.
 
 use std::rc::Rc;
 
@@ -46,6 +46,7 @@ pub(super) async fn reconcile(control: &Rc<Control>) -> Result<(), Problem> {
             break;
         }
     }
+    control.link.apply(ToData::Open).await?;
     if broken.is_empty() {
         control.readiness.set(Readiness::Ready);
         return Ok(());

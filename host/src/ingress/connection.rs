@@ -84,7 +84,7 @@ impl Ingress {
         self.connections.load(Ordering::Relaxed)
     }
 
-    /// Accepts until the phase changes. Runs on a worker's own runtime.
+    /// Accepts while the phase is [`Phase::Serving`]. Runs on a worker's own runtime.
     pub async fn accept(
         self: Arc<Self>,
         listener: std::net::TcpListener,
@@ -98,6 +98,11 @@ impl Ingress {
                 return;
             }
         };
+        while *phase.borrow_and_update() == Phase::Starting {
+            if phase.changed().await.is_err() {
+                return;
+            }
+        }
         loop {
             // Accepting is cancel-safe: a connection is either taken or still in the backlog.
             let accepted = tokio::select! {

@@ -36,6 +36,8 @@ pub enum WorkerError {
 /// What the workers are told.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Phase {
+    /// Accept nothing yet.
+    Starting,
     /// Accept and serve.
     Serving,
     /// Accept nothing new, finish what runs.

@@ -1,56 +1,81 @@
 //! Bytes that are no component: a 4xx problem that says what was wrong, nothing stored, and a
 //! host that is unharmed.
 
+use std::path::PathBuf;
 use std::time::Duration;
 
 use insula_tests::wait::holds;
 use insula_tests::{Service, TestHost, guests, until};
 use serde_json::json;
 
-/// Uploads and expects a refusal; gives its code and its words.
-fn refused(host: &TestHost, service: &Service, name: &str, bytes: Vec<u8>) -> (String, String) {
-    let answer = service.upload(bytes);
-    assert!(
-        (400..500).contains(&answer.status),
-        "{name}: {} {}",
-        answer.status,
-        answer.text()
-    );
-    let (code, words) = (answer.problem(), answer.problem_words());
-    assert!(
-        words.len() < 4_096,
-        "{name}: {} bytes of words",
-        words.len()
-    );
-    nothing_is_stored(host, service, name);
-    (code, words)
+/// A host, a service that has nothing yet, and the files of another one that answers.
+struct Target {
+    host: TestHost,
+    bad: Service,
+    hello: Service,
+    files: Vec<PathBuf>,
 }
 
-fn nothing_is_stored(host: &TestHost, service: &Service, name: &str) {
-    let versions = host.admin().get(&format!("{}/versions", service.path()));
-    assert_eq!(versions["items"], json!([]), "{name}");
-    for folder in ["blobs", "artefacts", "tmp"] {
-        let left = host.files(folder);
-        assert!(left.is_empty(), "{name}: {left:?}");
+fn stored(host: &TestHost) -> Vec<PathBuf> {
+    ["blobs", "artefacts", "tmp"]
+        .iter()
+        .flat_map(|folder| host.files(folder))
+        .collect()
+}
+
+impl Target {
+    fn start() -> Self {
+        let host = TestHost::start();
+        let bad = host.tenant("a").create().service("bad").create();
+        let hello = host.tenant("b").create().deploy("hello");
+        assert_eq!(hello.get("/").send().status, 200);
+        let files = stored(&host);
+        Self {
+            host,
+            bad,
+            hello,
+            files,
+        }
     }
-}
 
-fn host_is_well(host: &TestHost, hello: &Service) {
-    assert_eq!(hello.get("/").send().status, 200);
-    let said = host.said();
-    assert!(!said.contains("panicked"), "{said}");
-}
+    /// Uploads and expects a refusal; gives its code and its words.
+    fn refuses(&self, name: &str, bytes: Vec<u8>) -> (String, String) {
+        let answer = self.bad.upload(bytes);
+        let status = answer.status;
+        assert!(
+            (400..500).contains(&status),
+            "{name}: {status} {}",
+            answer.text()
+        );
+        let (code, words) = (answer.problem(), answer.problem_words());
+        assert!(
+            words.len() < 4_096,
+            "{name}: {} bytes of words",
+            words.len()
+        );
+        self.holds_nothing(name);
+        (code, words)
+    }
 
-/// A host with a service that has nothing yet.
-fn start() -> (TestHost, Service) {
-    let host = TestHost::start();
-    let service = host.tenant("a").create().service("bad").create();
-    (host, service)
+    fn holds_nothing(&self, name: &str) {
+        let versions = self
+            .host
+            .admin()
+            .get(&format!("{}/versions", self.bad.path()));
+        assert_eq!(versions["items"], json!([]), "{name}");
+        assert_eq!(stored(&self.host), self.files, "{name}");
+    }
+
+    fn is_well(&self) {
+        assert_eq!(self.hello.get("/").send().status, 200);
+        let said = self.host.said();
+        assert!(!said.contains("panicked"), "{said}");
+    }
 }
 
 #[test]
 fn what_is_no_component_is_told_what_it_is() {
-    let (host, service) = start();
+    let target = Target::start();
     let wat = |text: &str| wat::parse_str(text).unwrap_or_else(|error| panic!("{error}"));
     let mut gzip = b"\x1f\x8b\x08\x00\x00\x00\x00\x00\x00\x03".to_vec();
     gzip.extend(guests::bytes("hello"));
@@ -143,56 +168,49 @@ fn what_is_no_component_is_told_what_it_is() {
         ),
     ];
     for (name, bytes, codes, word) in cases {
-        let (code, words) = refused(&host, &service, name, bytes);
+        let (code, words) = target.refuses(name, bytes);
         assert!(codes.contains(&code.as_str()), "{name}: {code}: {words}");
         assert!(
             words.to_lowercase().contains(&word.to_lowercase()),
             "{name}: {code}: {words}"
         );
     }
-    let hello = host.tenant("b").create().deploy("hello");
-    host_is_well(&host, &hello);
+    target.is_well();
 }
 
 #[test]
 fn a_component_cut_off_anywhere_is_refused() {
-    let (host, service) = start();
+    let target = Target::start();
     let whole = guests::bytes("hello");
     for percent in 0..100 {
         let name = format!("{percent} % of a component");
         let cut = whole[..whole.len() * percent / 100].to_vec();
-        let (code, words) = refused(&host, &service, &name, cut);
+        let (code, words) = target.refuses(&name, cut);
         let codes = ["invalid_component", "wrong_world", "too_complex"];
         assert!(codes.contains(&code.as_str()), "{name}: {code}: {words}");
     }
     // The very last byte counts.
-    let _ = refused(
-        &host,
-        &service,
-        "all but one byte",
-        whole[..whole.len() - 1].to_vec(),
-    );
-    let upload = service.upload(whole);
+    let _ = target.refuses("all but one byte", whole[..whole.len() - 1].to_vec());
+    let upload = target.bad.upload(whole);
     assert_eq!(upload.status, 201, "{}", upload.text());
     assert_eq!(
         upload.json()["version"],
         1,
         "refused uploads have no number"
     );
-    host_is_well(&host, &service);
+    target.is_well();
 }
 
 #[test]
 fn a_hundred_mebibytes_of_zeros_are_refused_and_cost_no_memory() {
-    let (host, service) = start();
-    let hello = host.tenant("b").create().deploy("hello");
-    hello.delete();
-    let before = host.rss_bytes();
+    let target = Target::start();
+    let before = target.host.rss_bytes();
     let zeros = vec![0; 100 << 20];
-    let (code, _) = refused(&host, &service, "zeros, declared", zeros.clone());
+    let (code, _) = target.refuses("zeros, declared", zeros.clone());
     assert_eq!(code, "too_large");
-    let path = format!("{}/versions", service.path());
-    let chunked = host
+    let path = format!("{}/versions", target.bad.path());
+    let chunked = target
+        .host
         .admin()
         .request("POST", &path)
         .header("content-type", "application/wasm")
@@ -205,20 +223,18 @@ fn a_hundred_mebibytes_of_zeros_are_refused_and_cost_no_memory() {
             (413, "too_large")
         );
     }
-    nothing_is_stored(&host, &service, "zeros, in chunks");
+    target.holds_nothing("zeros, in chunks");
     // What is just within the bound is read, and is no component either.
-    let (code, _) = refused(&host, &service, "60 MiB of zeros", vec![0; 60 << 20]);
+    let (code, _) = target.refuses("60 MiB of zeros", vec![0; 60 << 20]);
     assert_eq!(code, "invalid_component");
-    let grown = host.rss_bytes().saturating_sub(before);
+    let grown = target.host.rss_bytes().saturating_sub(before);
     assert!(grown < 32 << 20, "{} MiB more", grown >> 20);
-    let hello = host.tenant("c").create().deploy("hello");
-    host_is_well(&host, &hello);
+    target.is_well();
 }
 
 #[test]
 fn compile_bombs_are_refused_within_limits() {
-    let (host, service) = start();
-    let hello = host.tenant("b").create().deploy("hello");
+    let target = Target::start();
     let module = |inside: &str| {
         let text = format!("(component (core module {inside}))");
         wat::parse_str(&text).unwrap_or_else(|error| panic!("{error}"))
@@ -246,7 +262,7 @@ fn compile_bombs_are_refused_within_limits() {
         ("a table of 10 M", &table),
         ("a br_table of 600,000", &branches),
     ] {
-        let (code, words) = refused(&host, &service, name, module(inside));
+        let (code, words) = target.refuses(name, module(inside));
         // Without a handler none of them is a service; what matters is that none costs much.
         let codes = [
             "too_complex",
@@ -255,17 +271,17 @@ fn compile_bombs_are_refused_within_limits() {
             "invalid_component",
         ];
         assert!(codes.contains(&code.as_str()), "{name}: {code}: {words}");
-        host_is_well(&host, &hello);
+        target.is_well();
     }
 }
 
 #[test]
 fn an_upload_that_breaks_off_leaves_nothing() {
-    let (host, service) = start();
+    let target = Target::start();
     let component = guests::bytes("hello");
-    let path = format!("{}/versions", service.path());
+    let path = format!("{}/versions", target.bad.path());
     for cut in [0, 1, component.len() / 2, component.len() - 1] {
-        let request = host.admin().upload(&path, component.clone());
+        let request = target.host.admin().upload(&path, component.clone());
         let mut connection = request.connect().expect("a connection");
         let head = request.head_bytes();
         connection
@@ -274,11 +290,11 @@ fn an_upload_that_breaks_off_leaves_nothing() {
         drop(connection);
     }
     until(Duration::from_secs(20), "nothing is left", || {
-        let left = host.files("tmp");
+        let left = target.host.files("tmp");
         holds(left.is_empty(), format!("{left:?}"))
     });
-    nothing_is_stored(&host, &service, "broken off");
-    let upload = service.upload(component);
+    target.holds_nothing("broken off");
+    let upload = target.bad.upload(component);
     assert_eq!(upload.status, 201, "{}", upload.text());
-    host_is_well(&host, &service);
+    target.is_well();
 }

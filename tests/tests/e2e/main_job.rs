@@ -333,7 +333,8 @@ fn usage_comes_in_the_head_of_a_whole_answer_and_in_the_trailers_of_a_streamed_o
     assert_eq!(usage.version, 1);
 
     let sse = tenant.service("sse").usage_header().deploy("sse");
-    let answer = sse.get("/?count=3&interval_ms=100").send();
+    let streamed = sse.get("/?count=3&interval_ms=100");
+    let answer = streamed.clone().header("te", "trailers").send();
     assert!(answer.header("insula-usage").is_none(), "{answer:?}");
     assert!(answer.trailers.get("insula-usage").is_some(), "{answer:?}");
     assert!(answer.usage().fuel > 0);
@@ -344,6 +345,10 @@ fn usage_comes_in_the_head_of_a_whole_answer_and_in_the_trailers_of_a_streamed_o
         usage.fuel + answer.usage().fuel,
         "what is shown is what is charged"
     );
+
+    // Who did not say that it understands trailers gets none (RFC 9110, 6.5.1).
+    let answer = streamed.send();
+    assert_eq!(answer.trailers.get("insula-usage"), None, "{answer:?}");
 
     let silent = tenant.service("silent").deploy("echo");
     let answer = silent.get("/").send();

@@ -61,6 +61,7 @@ fn a_tenants_life() {
     assert_eq!(
         rig.seen(),
         [
+            "open",
             "tenant acme",
             "tenant acme",
             "tenant acme",
@@ -243,7 +244,7 @@ fn versions_switch() {
         .collect();
     assert_eq!(shown, [(2, false), (1, true)]);
     assert_eq!(
-        rig.seen()[2..],
+        rig.seen()[3..],
         [
             "service web v1 sealed:compiled:one",
             "service web v2 sealed:compiled:two",

@@ -153,7 +153,7 @@ fn a_restart_serves_the_same_without_compiling() {
     assert_eq!(rig.get(WEB).json(), before);
     assert_eq!(
         rig.seen(),
-        ["tenant acme", "service web v2 sealed:compiled:one"]
+        ["tenant acme", "service web v2 sealed:compiled:one", "open"]
     );
     assert_eq!(rig.compiled.load(Ordering::SeqCst), 0);
     rig.raw("GET", "/readyz", &[], b"").expect(200);
@@ -181,6 +181,7 @@ fn a_missing_artefact_is_compiled_again_in_the_background() {
         [
             "tenant acme",
             "service web dark",
+            "open",
             "service web v1 sealed:compiled:one"
         ]
     );

@@ -54,6 +54,7 @@ impl Fake {
             ToData::Tenant { name, .. } => format!("tenant {name}"),
             ToData::DropTenant(id) => format!("drop tenant {id}"),
             ToData::DropService(id) => format!("drop service {id}"),
+            ToData::Open => "open".to_owned(),
             ToData::Drain { deadline } => format!("drain {deadline:?}"),
             ToData::Service(intent) => match intent.active {
                 None => format!("service {} dark", intent.name),
