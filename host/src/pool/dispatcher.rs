@@ -449,7 +449,7 @@ impl Pool {
         loop {
             let picked = self.pick(worker.id);
             let (key, work, killed, waker, exchange, deadline) = match picked {
-                Picked::Run(next) => *next,
+                Picked::Run(next) => next,
                 Picked::Idle => return ends.map_or(After::Idle, After::Until),
                 Picked::Throttled(until) => {
                     return After::Until(ends.map_or(until, |sweep| sweep.min(until)));
@@ -486,7 +486,7 @@ impl Pool {
                     if let Some(next) = inner.jobs.get_mut(key).and_then(|job| Next::of(key, job)) {
                         slot.idle.store(false, Ordering::SeqCst);
                         slot.in_slice.store(true, Ordering::Relaxed);
-                        return Picked::Run(Box::new(next));
+                        return Picked::Run(next);
                     }
                     // Not reachable: a queued job is in the table with its work. If it were
                     // not, the queue must not stand still for it.
@@ -539,7 +539,7 @@ impl Pool {
 type Next = (JobKey, Work, Option<Outcome>, Waker, Arc<Exchange>, Instant);
 
 enum Picked {
-    Run(Box<Next>),
+    Run(Next),
     Throttled(Instant),
     Idle,
 }
