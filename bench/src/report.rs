@@ -49,8 +49,8 @@ impl Cost<'_> {
              `hello` sample. All but raw hyper run it in a fresh WebAssembly instance per request. \
              insula runs as `insula serve` does for everybody, deployed through the admin API: \
              fuel metering, measured CPU time, memory limits, deadlines, admission and the \
-             scheduler are all on. Raw hyper answers the same bytes without WebAssembly: it is the \
-             floor.\n"
+             scheduler are all on. `wasmtime serve` serves one component, and neither meters nor \
+             schedules. Raw hyper answers the same bytes without WebAssembly: it is the floor.\n"
         )?;
         for series in self.series {
             writeln!(out, "### {}\n", series.layout.title())?;

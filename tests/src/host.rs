@@ -43,12 +43,6 @@ impl Plan {
         self
     }
 
-    /// Worker threads.
-    #[must_use]
-    pub fn workers(self, workers: usize) -> Self {
-        self.arg("--workers", workers)
-    }
-
     /// Starts it in a data directory of its own.
     #[must_use]
     pub fn start(self) -> TestHost {
@@ -98,7 +92,7 @@ impl TestHost {
     pub fn plan() -> Plan {
         let args = Vec::new();
         let place = alone::shared;
-        Plan { args, place }.workers(2)
+        Plan { args, place }.arg("--workers", 2)
     }
 
     /// A host that runs beside no other test's, so that it can be measured. A test can have one.

@@ -85,7 +85,10 @@ fn code_config() -> Config {
         .wasm_exceptions(false)
         .wasm_custom_page_sizes(false)
         .wasm_wide_arithmetic(false)
-        .compiler_inlining(wasmtime::Inlining::Yes);
+        // Compilers of guests have inlined already: samples run the same with and without. With
+        // it, all functions stay in memory until the last: 8.5 GiB for a componentize-py guest of
+        // 18 MB, instead of 0.4.
+        .compiler_inlining(wasmtime::Inlining::No);
     config
 }
 
@@ -217,5 +220,6 @@ pub(super) mod caps {
 
 /// How long a compile may take, in CPU time of the child.
 pub const COMPILE_CPU: Duration = Duration::from_secs(60);
-/// Address space of the compiler child.
+/// Address space of the compiler child: most of it is threads' stacks and arenas; the largest
+/// honest guest that we know (Python's interpreter, 18 MB) has 0.4 GiB resident.
 pub const COMPILE_MEMORY: Bytes = Bytes::mib(2048);

@@ -9,7 +9,7 @@ use std::task::Poll;
 use std::time::{Duration, Instant};
 
 use bytes::{Bytes, BytesMut};
-use http::header::{CONTENT_LENGTH, HOST, HeaderValue, TRAILER};
+use http::header::{CONNECTION, CONTENT_LENGTH, HOST, HeaderValue, TRAILER};
 use http::{Method, Request, Response, StatusCode, Version};
 use http_body::{Body, Frame};
 use hyper::body::Incoming;
@@ -57,12 +57,13 @@ pub(super) async fn handle(
                 .unrouted()
                 .request_ended(Outcome::BadRequest);
             let status = StatusCode::BAD_REQUEST;
-            return own(problem::detailed(
-                status,
-                Outcome::BadRequest,
-                message,
-                &request_id,
-            ));
+            let mut refusal = problem::detailed(status, Outcome::BadRequest, message, &request_id);
+            if request.version() <= Version::HTTP_11 {
+                // Whose request it is could not be agreed on: the next one is not trusted either.
+                let close = HeaderValue::from_static("close");
+                refusal.headers_mut().insert(CONNECTION, close);
+            }
+            return own(refusal);
         }
     };
     let routes = ingress.routes.load();

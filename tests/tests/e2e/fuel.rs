@@ -93,3 +93,42 @@ fn a_request_gets_its_fuel_and_not_more() {
     );
     assert_eq!(metrics.requests("a", "out_of_fuel"), 1);
 }
+
+#[test]
+fn the_tightest_limit_counts() {
+    let host = TestHost::plan()
+        .arg("--max-fuel", "30M")
+        .arg("--max-timeout", "2s")
+        .start();
+    let tenant = host.tenant("a").memory("16MiB").create();
+    let limits = json!({"fuel": "1T", "timeout": "5m", "memory": "128MiB"});
+    let echo = tenant.service("echo").limits(limits).deploy("echo");
+    let ends = |path: &str| {
+        let answer = echo.get(path).send();
+        if answer.status == 200 {
+            "ok".to_owned()
+        } else {
+            answer.problem()
+        }
+    };
+    assert_eq!(ends("/burn?n=1000000"), "ok");
+    assert_eq!(
+        ends("/burn?n=10000000"),
+        "out_of_fuel",
+        "the host's limit on fuel"
+    );
+    assert_eq!(ends("/alloc?mib=8"), "ok");
+    assert_eq!(
+        ends("/alloc?mib=24"),
+        "out_of_memory",
+        "the tenant's limit on memory"
+    );
+    assert_eq!(ends("/sleep?ms=100"), "ok");
+    assert_eq!(
+        ends("/sleep?ms=60000"),
+        "timeout",
+        "the host's limit on time"
+    );
+    let metrics = host.when_ended("a", 6);
+    assert_eq!(metrics.sum("insula_memory_bytes", &[("tenant", "a")]), 0.0);
+}

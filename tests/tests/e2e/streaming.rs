@@ -4,7 +4,7 @@
 use std::time::Duration;
 
 use insula_tests::wait::{holds, throughout};
-use insula_tests::{Connection, TestHost, until};
+use insula_tests::{Connection, TestHost, load, until};
 use serde_json::json;
 
 const MIB: u64 = 1 << 20;
@@ -346,4 +346,34 @@ fn a_tenants_bounds_are_its_own() {
         let status = slow.get("/").send().status;
         holds(status == 200, format!("{status}"))
     });
+}
+
+#[test]
+fn requests_beyond_a_tenants_rate_are_refused_before_any_guest_runs() {
+    let host = TestHost::start();
+    let rate = json!({"requests": {"per_second": 10}});
+    let slow = host.tenant("slow").spec(rate).create().deploy("hello");
+    let other = host.tenant("other").create().deploy("hello");
+    let load = load::times(200, 1, &slow.get("/"));
+    assert_eq!(
+        load.status(200) + load.status(429),
+        200,
+        "{:?}",
+        load.statuses
+    );
+    // Ten saved up, and ten for each second that it took.
+    let took: Duration = load.latencies.iter().sum();
+    let most = 12 + 10 * (took.as_secs() + 1);
+    assert!(
+        (10..=most).contains(&load.status(200)),
+        "{:?} in {took:?}",
+        load.statuses
+    );
+    let metrics = host.when_ended("slow", 200);
+    let shed = [("tenant", "slow"), ("reason", "rate")];
+    assert_eq!(metrics.count("insula_shed_total", &shed), load.status(429));
+    let starts = [("tenant", "slow")];
+    let started = metrics.count("insula_instance_start_seconds_count", &starts);
+    assert_eq!(started, load.status(200));
+    assert_eq!(load::times(200, 1, &other.get("/")).status(200), 200);
 }

@@ -1,6 +1,6 @@
 //! Ledger and truth agree: what tenants are charged is what the kernel says was used.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use insula_tests::wait::{holds, until};
 use insula_tests::{Metrics, Service, TestHost, load};
@@ -72,11 +72,12 @@ fn the_cpu_time_of_a_tenant_that_computes_is_the_processs_own() {
 #[test]
 fn tenants_that_compute_one_and_three_are_charged_one_and_three() {
     let host = TestHost::measured().start();
-    let (one, three) = (computing(&host, "one"), computing(&host, "three"));
+    // Names of one length, since a request's head is part of its guest's work.
+    let (one, three) = (computing(&host, "solo"), computing(&host, "trio"));
     let steps = steps_for(&one, 60);
     let _ = steps_for(&three, 60);
-    host.when_ended("one", 3);
-    host.when_ended("three", 3);
+    host.when_ended("solo", 3);
+    host.when_ended("trio", 3);
     let before = host.metrics();
     // In turn, so that both meet the same machine.
     let path = format!("/burn?n={steps}");
@@ -86,17 +87,17 @@ fn tenants_that_compute_one_and_three_are_charged_one_and_three() {
             assert_eq!(service.get(&path).send().status, 200);
         }
     }
-    host.when_ended("one", 3 + rounds);
-    let after = host.when_ended("three", 3 + 3 * rounds);
+    host.when_ended("solo", 3 + rounds);
+    let after = host.when_ended("trio", 3 + 3 * rounds);
     let cpu = |tenant: &str| after.cpu_seconds(tenant) - before.cpu_seconds(tenant);
     let fuel = |tenant: &str| after.fuel(tenant) - before.fuel(tenant);
-    let ratio = cpu("three") / cpu("one");
+    let ratio = cpu("trio") / cpu("solo");
     eprintln!(
         "work 1:3 is charged {:.3} s : {:.3} s, 1:{ratio:.4}",
-        cpu("one"),
-        cpu("three")
+        cpu("solo"),
+        cpu("trio")
     );
-    assert_eq!(fuel("three"), 3 * fuel("one"));
+    assert_eq!(fuel("trio"), 3 * fuel("solo"));
     assert!((ratio / 3.0 - 1.0).abs() <= 0.02, "1:{ratio}");
 }
 
@@ -227,4 +228,52 @@ fn over_a_mixed_load_tenants_and_host_add_up_to_the_process() {
             "{tenant}"
         );
     }
+}
+
+#[test]
+fn a_tenant_gets_no_more_than_its_limit_and_no_less_than_its_reservation() {
+    let host = TestHost::measured().start();
+    let cpu = [
+        ("held", json!({"limit": "500m", "shares": 100_000})),
+        ("sure", json!({"reservation": "1200m", "shares": 1})),
+        ("rest", json!({"shares": 1000})),
+    ];
+    let limits = json!({"fuel": "1T", "timeout": "5m"});
+    let loops: Vec<_> = cpu
+        .into_iter()
+        .flat_map(|(name, cpu)| {
+            let tenant = host.tenant(name).spec(json!({"cpu": cpu})).create();
+            let spin = tenant.service("spin").limits(limits.clone()).deploy("spin");
+            (0..4).map(move |_| {
+                let mut connection = spin.connect();
+                connection.write(&spin.get("/")).expect("sent");
+                connection
+            })
+        })
+        .collect();
+    host.metrics_when("all loops run", |metrics| {
+        let running = metrics.sum("insula_instances", &[("state", "running")]);
+        holds(running == 12.0, format!("{running}"))
+    });
+    let (began, before) = (Instant::now(), Books::read(&host));
+    std::thread::sleep(Duration::from_secs(6));
+    let (after, seconds) = (Books::read(&host), began.elapsed().as_secs_f64());
+    let cores = |tenant: &str| {
+        (after.metrics.cpu_seconds(tenant) - before.metrics.cpu_seconds(tenant)) / seconds
+    };
+    let (held, sure, rest) = (cores("held"), cores("sure"), cores("rest"));
+    eprintln!("limit 0.5, reservation 1.2, the rest: {held:.3} {sure:.3} {rest:.3} cores");
+    assert!(held <= 0.51, "{held} cores with a limit of 0.5");
+    // What the process itself got of the machine is what can be guaranteed.
+    let all = (after.process - before.process) / seconds;
+    assert!(
+        sure >= 1.2 * (all / 2.0) * 0.95,
+        "{sure} cores with 1.2 reserved, {all} in all"
+    );
+    let labels = [("tenant", "held")];
+    let throttled = after
+        .metrics
+        .sum("insula_cpu_throttled_seconds_total", &labels);
+    assert!(throttled > 1.0, "{throttled} s throttled");
+    drop(loops);
 }
