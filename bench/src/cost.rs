@@ -135,7 +135,11 @@ fn bed(
         }
         None => PathBuf::new(),
     };
-    let wasmtime = if needs(&[Contestant::WasmtimeTuned, Contestant::WasmtimeShipped]) {
+    let wasmtime = if needs(&[
+        Contestant::WasmtimeTuned,
+        Contestant::WasmtimePooled,
+        Contestant::WasmtimeShipped,
+    ]) {
         peers::wasmtime(missing)?
     } else {
         PathBuf::new()

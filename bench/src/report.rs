@@ -10,7 +10,7 @@ use anyhow::{Context, Result};
 
 use crate::cost::{Sample, Series};
 use crate::plot::{Bar, Group};
-use crate::servers::{Contestant, tuned_flags};
+use crate::servers::{Contestant, pooled_flags, tuned_flags};
 use crate::stats::Spread;
 use crate::{peers, plot, say};
 
@@ -80,7 +80,8 @@ impl Cost<'_> {
         writeln!(
             out,
             "- `wasmtime serve` is 48.0.8 as `cargo install` builds it, run with `-Scli`; as \
-             shipped with no other flag; tuned with `{}`.",
+             shipped with no other flag; pooled with `{}`; tuned with `{}`.",
+            pooled_flags(),
             tuned_flags()
         )?;
         for series in self.series {

@@ -29,20 +29,29 @@ pub(crate) const TUNED: [&str; 4] = [
     "--max-instance-reuse-count=1",
 ];
 
+/// What somebody gives it who has read that pooling is faster: the pool and its resident pages, as
+/// above, and the rest left as it ships.
+pub(crate) const POOLED: [&str; 1] = [
+    "-Opooling-allocator=y,pooling-memory-keep-resident=2097152,\
+     pooling-table-keep-resident=65536,pooling-max-unused-warm-slots=1000",
+];
+
 /// A server that is measured.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
 pub(crate) enum Contestant {
     Insula,
     WasmtimeTuned,
+    WasmtimePooled,
     WasmtimeShipped,
     RawHyper,
 }
 
 impl Contestant {
-    pub(crate) const ALL: [Self; 4] = [
+    pub(crate) const ALL: [Self; 5] = [
         Self::RawHyper,
         Self::Insula,
         Self::WasmtimeTuned,
+        Self::WasmtimePooled,
         Self::WasmtimeShipped,
     ];
 
@@ -50,6 +59,7 @@ impl Contestant {
         match self {
             Self::Insula => "insula",
             Self::WasmtimeTuned => "wasmtime serve, tuned",
+            Self::WasmtimePooled => "wasmtime serve, pooled",
             Self::WasmtimeShipped => "wasmtime serve, as shipped",
             Self::RawHyper => "raw hyper, no Wasm",
         }
@@ -64,6 +74,7 @@ impl Contestant {
                 insula::serve(bed, &data.keep())?
             }
             Self::WasmtimeTuned => wasmtime(bed, &TUNED)?,
+            Self::WasmtimePooled => wasmtime(bed, &POOLED)?,
             Self::WasmtimeShipped => wasmtime(bed, &[])?,
             Self::RawHyper => floor(bed)?,
         };
@@ -152,6 +163,11 @@ fn floor(bed: &Bed) -> Result<Served> {
         address,
         host: address.to_string(),
     })
+}
+
+/// See [`POOLED`].
+pub(crate) fn pooled_flags() -> String {
+    POOLED.join(" ")
 }
 
 /// The command lines, for those who want to repeat them by hand.
