@@ -1,40 +1,57 @@
 //! Tests that measure CPU time or latency run beside nothing else.
 //!
-//! Under nextest `.config/nextest.toml` sees to it: tests of the module `measured` get all threads.
-//! A lock does the same for plain `cargo test`, and for two runs on one machine: every host holds
-//! it shared, the host of a measured test holds it alone.
+//! Under nextest, where every test is a process, `.config/nextest.toml` sees to it: tests of the
+//! module `measured` get all threads. Under plain `cargo test`, where all tests are threads of one
+//! process, this does: every host has a place, and the host of a measured test has the only one.
 
-use std::fs::File;
+use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
+
+#[derive(Debug)]
+struct Taken {
+    shared: usize,
+    alone: bool,
+}
+
+static TAKEN: Mutex<Taken> = Mutex::new(Taken {
+    shared: 0,
+    alone: false,
+});
+static LEFT: Condvar = Condvar::new();
 
 /// Held for as long as a host runs.
 #[derive(Debug)]
 pub struct Place {
-    _lock: File,
+    alone: bool,
 }
 
-fn file() -> File {
-    let path = std::env::temp_dir().join("insula-tests.lock");
-    File::create(&path).unwrap_or_else(|error| panic!("{}: {error}", path.display()))
+fn wait_while(busy: impl Fn(&Taken) -> bool) -> MutexGuard<'static, Taken> {
+    let taken = TAKEN.lock().unwrap_or_else(PoisonError::into_inner);
+    let free = LEFT.wait_while(taken, |taken| busy(taken));
+    free.unwrap_or_else(PoisonError::into_inner)
 }
 
 /// A place beside others.
-///
-/// # Panics
-/// When the lock cannot be had.
 #[must_use]
 pub fn shared() -> Place {
-    let lock = file();
-    lock.lock_shared().expect("a shared lock");
-    Place { _lock: lock }
+    wait_while(|taken| taken.alone).shared += 1;
+    Place { alone: false }
 }
 
-/// The only place there is. Must be taken before any host is started.
-///
-/// # Panics
-/// When the lock cannot be had.
+/// The only place there is. A test that has one must not ask for another.
 #[must_use]
 pub fn alone() -> Place {
-    let lock = file();
-    lock.lock().expect("a lock of our own");
-    Place { _lock: lock }
+    wait_while(|taken| taken.alone || taken.shared > 0).alone = true;
+    Place { alone: true }
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        let mut taken = TAKEN.lock().unwrap_or_else(PoisonError::into_inner);
+        if self.alone {
+            taken.alone = false;
+        } else {
+            taken.shared -= 1;
+        }
+        LEFT.notify_all();
+    }
 }

@@ -24,6 +24,9 @@ use crate::wait::{holds, until};
 /// How long a host may take to say that it is ready, and to end.
 const START_WITHIN: Duration = Duration::from_secs(30);
 const END_WITHIN: Duration = Duration::from_secs(30);
+/// Below a host's temporary directory.
+const DATA: &str = "data";
+const RUN: &str = "run";
 /// The kernel's unit of CPU time in `/proc` (`USER_HZ`, 100 on every Linux that we know).
 const TICKS_PER_SECOND: f64 = 100.0;
 
@@ -59,7 +62,8 @@ pub struct TestHost {
 
 #[derive(Debug)]
 struct Shared {
-    data: TempDir,
+    /// The data directory, and that of run files, by which the host can be found by its user.
+    root: TempDir,
     args: Vec<String>,
     process: Mutex<Option<Process>>,
     /// What hosts of this directory that are gone have said.
@@ -106,15 +110,16 @@ impl TestHost {
     }
 
     fn launch(args: Vec<String>, place: Place) -> Self {
-        let data = TempDir::with_prefix("insula-test-").expect("a temporary directory");
+        let root = TempDir::with_prefix("insula-test-").expect("a temporary directory");
+        fs::create_dir(root.path().join(RUN)).expect("a directory");
         let shared = Shared {
-            data,
+            root,
             args,
             process: Mutex::new(None),
             said: Mutex::default(),
             _place: place,
         };
-        let process = Process::start(shared.data.path(), &shared.args);
+        let process = Process::start(shared.root.path(), &shared.args);
         *lock(&shared.process) = Some(process);
         Self {
             shared: Arc::new(shared),
@@ -143,8 +148,8 @@ impl TestHost {
 
     /// Its data directory.
     #[must_use]
-    pub fn data(&self) -> &Path {
-        self.shared.data.path()
+    pub fn data(&self) -> PathBuf {
+        self.shared.root.path().join(DATA)
     }
 
     /// The administrator's token, from where the host left it.
@@ -324,7 +329,7 @@ impl TestHost {
     }
 
     fn start_again(&self) {
-        let process = Process::start(self.data(), &self.shared.args);
+        let process = Process::start(self.shared.root.path(), &self.shared.args);
         *lock(&self.shared.process) = Some(process);
     }
 
@@ -351,9 +356,10 @@ impl TestHost {
 }
 
 impl Process {
-    fn start(data: &Path, args: &[String]) -> Self {
+    fn start(root: &Path, args: &[String]) -> Self {
         let mut command = Command::new(guests::insula());
-        command.arg("serve").arg("--data").arg(data);
+        command.arg("serve").arg("--data").arg(root.join(DATA));
+        command.env("XDG_RUNTIME_DIR", root.join(RUN));
         command.args(["--listen", "127.0.0.1:0", "--admin", "127.0.0.1:0"]);
         command.args(args);
         for (name, _) in std::env::vars_os() {

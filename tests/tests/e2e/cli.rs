@@ -555,6 +555,9 @@ fn up_builds_a_project_and_prints_where_it_answers() {
         "--admin",
         "127.0.0.1:0",
     ]);
+    let run_files = dir.path().join("run");
+    fs::create_dir(&run_files).expect("a folder");
+    command.env("XDG_RUNTIME_DIR", &run_files);
     let mut up = Running::start(&mut command);
     let line = up.line("curl http://", BUILD_WITHIN);
     let url = line
@@ -580,6 +583,7 @@ fn up_builds_a_project_and_prints_where_it_answers() {
         .to_owned();
     until(Duration::from_secs(10), "usage is counted", || {
         let mut shell = Command::new("sh");
+        shell.env("XDG_RUNTIME_DIR", &run_files);
         let output = tools::run(shell.arg("-c").arg(format!("{words} -o json")));
         assert!(
             output.status.success(),

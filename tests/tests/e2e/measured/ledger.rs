@@ -234,8 +234,8 @@ fn over_a_mixed_load_tenants_and_host_add_up_to_the_process() {
 fn a_tenant_gets_no_more_than_its_limit_and_no_less_than_its_reservation() {
     let host = TestHost::measured().start();
     let cpu = [
-        ("held", json!({"limit": "500m", "shares": 100_000})),
-        ("sure", json!({"reservation": "1200m", "shares": 1})),
+        ("held", json!({"limit": "300m", "shares": 100_000})),
+        ("sure", json!({"reservation": "600m", "shares": 1})),
         ("rest", json!({"shares": 1000})),
     ];
     let limits = json!({"fuel": "1T", "timeout": "5m"});
@@ -262,13 +262,16 @@ fn a_tenant_gets_no_more_than_its_limit_and_no_less_than_its_reservation() {
         (after.metrics.cpu_seconds(tenant) - before.metrics.cpu_seconds(tenant)) / seconds
     };
     let (held, sure, rest) = (cores("held"), cores("sure"), cores("rest"));
-    eprintln!("limit 0.5, reservation 1.2, the rest: {held:.3} {sure:.3} {rest:.3} cores");
-    assert!(held <= 0.51, "{held} cores with a limit of 0.5");
-    // What the process itself got of the machine is what can be guaranteed.
     let all = (after.process - before.process) / seconds;
+    eprintln!(
+        "limit 0.3, reservation 0.6, the rest: {held:.3} {sure:.3} {rest:.3} cores of {all:.3}"
+    );
+    assert!(held <= 0.306, "{held} cores with a limit of 0.3");
+    // Who else runs on this machine can take from all of them together.
+    let possible = 0.6_f64.min(all / 2.0);
     assert!(
-        sure >= 1.2 * (all / 2.0) * 0.95,
-        "{sure} cores with 1.2 reserved, {all} in all"
+        sure >= possible * 0.97,
+        "{sure} cores with 0.6 reserved, {all} in all"
     );
     let labels = [("tenant", "held")];
     let throttled = after
