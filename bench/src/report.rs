@@ -16,6 +16,8 @@ use crate::{peers, plot, say};
 
 const PAGE: &str = "benchmarks.md";
 const COST_PLOT: &str = "cost.svg";
+/// Above this, throughput and latency are those of a machine that did other things as well.
+const DISTURBED_PERCENT: f64 = 5.0;
 
 /// What stands above all sections of a new page.
 const PREAMBLE: &str = "\
@@ -91,7 +93,7 @@ impl Cost<'_> {
                 writeln!(
                     out,
                     "- {}: the client took {:.1} µs per request; other processes took {:.0} % of \
-                     the two cores (at most {:.0} %){}.",
+                     the two cores (at most {:.0} %){}{}.",
                     series.layout.title(),
                     client.median,
                     elsewhere.median,
@@ -100,6 +102,11 @@ impl Cost<'_> {
                         ""
                     } else {
                         "; the client was refused its real-time priority"
+                    },
+                    if elsewhere.median > DISTURBED_PERCENT {
+                        "; **this run was disturbed: take it again on a quiet machine**"
+                    } else {
+                        ""
                     },
                 )?;
             }

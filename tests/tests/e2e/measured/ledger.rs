@@ -3,7 +3,7 @@
 use std::time::{Duration, Instant};
 
 use insula_tests::wait::{holds, until};
-use insula_tests::{Metrics, Service, TestHost, load};
+use insula_tests::{Metrics, Service, TestHost, load, tools};
 use serde_json::json;
 
 /// What the kernel and the ledger say at one moment.
@@ -234,8 +234,8 @@ fn over_a_mixed_load_tenants_and_host_add_up_to_the_process() {
 fn a_tenant_gets_no_more_than_its_limit_and_no_less_than_its_reservation() {
     let host = TestHost::measured().start();
     let cpu = [
-        ("held", json!({"limit": "300m", "shares": 100_000})),
-        ("sure", json!({"reservation": "600m", "shares": 1})),
+        ("held", json!({"limit": "200m", "shares": 100_000})),
+        ("sure", json!({"reservation": "400m", "shares": 1})),
         ("rest", json!({"shares": 1000})),
     ];
     let limits = json!({"fuel": "1T", "timeout": "5m"});
@@ -255,28 +255,44 @@ fn a_tenant_gets_no_more_than_its_limit_and_no_less_than_its_reservation() {
         let running = metrics.sum("insula_instances", &[("state", "running")]);
         holds(running == 12.0, format!("{running}"))
     });
-    let (began, before) = (Instant::now(), Books::read(&host));
-    std::thread::sleep(Duration::from_secs(6));
-    let (after, seconds) = (Books::read(&host), began.elapsed().as_secs_f64());
-    let cores = |tenant: &str| {
-        (after.metrics.cpu_seconds(tenant) - before.metrics.cpu_seconds(tenant)) / seconds
-    };
-    let (held, sure, rest) = (cores("held"), cores("sure"), cores("rest"));
-    let all = (after.process - before.process) / seconds;
-    eprintln!(
-        "limit 0.3, reservation 0.6, the rest: {held:.3} {sure:.3} {rest:.3} cores of {all:.3}"
-    );
-    assert!(held <= 0.306, "{held} cores with a limit of 0.3");
-    // Who else runs on this machine can take from all of them together.
-    let possible = 0.6_f64.min(all / 2.0);
-    assert!(
-        sure >= possible * 0.97,
-        "{sure} cores with 0.6 reserved, {all} in all"
-    );
-    let labels = [("tenant", "held")];
-    let throttled = after
-        .metrics
-        .sum("insula_cpu_throttled_seconds_total", &labels);
-    assert!(throttled > 1.0, "{throttled} s throttled");
-    drop(loops);
+    // Whoever else runs on this machine takes from all of them: then there is nothing to tell.
+    let mut all = 0.0;
+    for _ in 0..5 {
+        let (began, before) = (Instant::now(), Books::read(&host));
+        std::thread::sleep(Duration::from_secs(4));
+        let (after, seconds) = (Books::read(&host), began.elapsed().as_secs_f64());
+        all = (after.process - before.process) / seconds;
+        let of = |family: &str, tenant: &str| {
+            let labels = [("tenant", tenant)];
+            (after.metrics.sum(family, &labels) - before.metrics.sum(family, &labels)) / seconds
+        };
+        let cores = |tenant: &str| of("insula_cpu_seconds_total", tenant);
+        let (held, sure, rest) = (cores("held"), cores("sure"), cores("rest"));
+        eprintln!(
+            "limit 0.2, reservation 0.4, the rest: {held:.3} {sure:.3} {rest:.3} cores of {all:.3}"
+        );
+        assert!(held <= 0.204, "{held} cores with a limit of 0.2");
+        if all < 1.0 {
+            continue;
+        }
+        assert!(
+            held >= 0.19,
+            "{held} cores: it wants more and has the shares for it"
+        );
+        assert!(
+            (0.39..0.45).contains(&sure),
+            "{sure} cores with 0.4 reserved and no shares"
+        );
+        assert!(
+            rest >= all - held - sure - 0.1,
+            "{rest} cores for who is left, {all} in all"
+        );
+        let throttled = of("insula_cpu_throttled_seconds_total", "held");
+        assert!(throttled > 0.1, "{throttled} s throttled per second");
+        drop(loops);
+        return;
+    }
+    tools::skipped(&format!(
+        "this machine is busy with other things: it gave us {all:.2} cores"
+    ));
 }
