@@ -195,9 +195,6 @@ pub fn compatibility() -> String {
         .collect()
 }
 
-/// Fuel between two yields: 50–150 µs of tight compute on the machines that we measured.
-pub const QUANTUM_FUEL: u64 = 1_000_000;
-
 /// Handles, resources and copies that one instance may hold or make.
 pub(super) mod caps {
     /// Entries of the WASI resource table.

@@ -2,7 +2,7 @@
 //!
 //! [`run`] is a plain future: whoever polls it decides when and on which thread the guest runs,
 //! and measures it. It returns `Pending` when the guest waits for input or output, and also
-//! after every [`QUANTUM_FUEL`] units, having woken itself.
+//! after every [`Grant::quantum`] units of fuel, having woken itself.
 //!
 //! Whatever the ending (done, trap, or the future dropped half-way), what the instance used is in
 //! the [`Ledger`] once the future is gone.
@@ -20,7 +20,7 @@ use wasmtime_wasi_http::WasiHttpView;
 use wasmtime_wasi_http::p2::bindings::http::types::{ErrorCode, Scheme};
 use wasmtime_wasi_http::p2::body::HyperOutgoingBody;
 
-use super::config::{QUANTUM_FUEL, caps};
+use super::config::caps;
 use super::guest::Guest;
 use super::guest_log::LogSink;
 use super::load::Program;
@@ -40,6 +40,8 @@ pub struct Grant {
     pub fuel: Fuel,
     /// Memory of all its linear memories and tables.
     pub memory: ByteQuantity,
+    /// Fuel between two yields.
+    pub quantum: u64,
 }
 
 /// What one instance used; complete when its future is gone.
@@ -104,6 +106,7 @@ impl<B, R> std::fmt::Debug for Invocation<B, R> {
 struct Metered<R: RunEvents> {
     store: Store<Guest>,
     events: Arc<R>,
+    quantum: u64,
     trapped: bool,
 }
 
@@ -113,7 +116,7 @@ impl<R: RunEvents> Drop for Metered<R> {
         let left = self.store.get_fuel().unwrap_or(0);
         let mut fuel = granted.saturating_sub(left);
         if self.trapped {
-            fuel = fuel.saturating_add(QUANTUM_FUEL).min(granted);
+            fuel = fuel.saturating_add(self.quantum).min(granted);
         }
         let guest = self.store.data_mut();
         let byte_ms = guest.memory_byte_ms(Instant::now());
@@ -151,10 +154,11 @@ where
     store.set_hostcall_fuel(caps::HOST_CALL_BYTES);
     let armed = store
         .set_fuel(fuel)
-        .and_then(|()| store.fuel_async_yield_interval(Some(QUANTUM_FUEL)));
+        .and_then(|()| store.fuel_async_yield_interval(Some(grant.quantum)));
     let mut metered = Metered {
         store,
         events,
+        quantum: grant.quantum,
         trapped: false,
     };
     let result = match armed {

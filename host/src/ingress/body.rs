@@ -137,6 +137,8 @@ struct Stream {
     first: std::collections::VecDeque<Frame<Bytes>>,
     /// Whether the answer ends with a usage trailer.
     usage: bool,
+    /// Bytes still to come, where the head has said how many.
+    left: Option<u64>,
     state: StreamState,
 }
 
@@ -194,12 +196,14 @@ impl OutBody {
         hold: Hold,
         first: impl IntoIterator<Item = Frame<Bytes>>,
         usage: bool,
+        length: Option<u64>,
     ) -> Self {
         Self::new(Kind::Stream(Box::new(Stream {
             inner,
             hold,
             first: first.into_iter().collect(),
             usage,
+            left: length,
             state: StreamState::Data,
         })))
     }
@@ -248,12 +252,23 @@ impl Stream {
             match next {
                 Some(Ok(frame)) => {
                     let bytes = frame.data_ref().map_or(0, |data| data.len() as u64);
+                    if let Some(left) = &mut self.left {
+                        let Some(rest) = left.checked_sub(bytes) else {
+                            let error = self.broken(BodyError::HttpResponseBodySize(Some(bytes)));
+                            return Poll::Ready(Some(Err(error)));
+                        };
+                        *left = rest;
+                    }
                     let exchange = self.hold.exchange();
                     exchange.bytes_out.fetch_add(bytes, Ordering::Relaxed);
+                    if self.left == Some(0) && !self.usage {
+                        // All is here, and nobody will ask for its end.
+                        self.hold.answered(Answer::Whole);
+                    }
                     return Poll::Ready(Some(Ok(frame)));
                 }
                 Some(Err(error)) => return Poll::Ready(Some(Err(self.broken(error)))),
-                None if self.cut_off() => {
+                None if self.cut_off() || self.left.is_some_and(|left| left > 0) => {
                     let error = self.broken(BodyError::HttpResponseIncomplete);
                     return Poll::Ready(Some(Err(error)));
                 }

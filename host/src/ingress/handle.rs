@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 
 use bytes::{Bytes, BytesMut};
 use http::header::{CONNECTION, CONTENT_LENGTH, HOST, HeaderValue, TRAILER};
-use http::{Method, Request, Response, StatusCode, Version};
+use http::{HeaderMap, Method, Request, Response, StatusCode, Version};
 use http_body::{Body, Frame};
 use hyper::body::Incoming;
 use insula_metrics::ShedReason;
@@ -75,7 +75,8 @@ pub(super) async fn handle(
     let Some(active) = service.active.clone() else {
         return refuse(&service, Outcome::NotFound, began, request_id);
     };
-    if declared_length(&request) > service.limits.request_body.get() {
+    let length = declared_length(request.headers());
+    if length.is_some_and(|length| length > service.limits.request_body.get()) {
         service.record_refusal(Outcome::BadRequest, began.elapsed());
         return own(too_large(&service, request_id));
     }
@@ -169,10 +170,8 @@ fn authority(request: &Request<Incoming>) -> Result<Cow<'_, str>, &'static str> 
     }
 }
 
-fn declared_length(request: &Request<Incoming>) -> u64 {
-    let length = request.headers().get(CONTENT_LENGTH);
-    let parsed = length.and_then(|value| value.to_str().ok()?.parse().ok());
-    parsed.unwrap_or(0)
+fn declared_length(headers: &HeaderMap) -> Option<u64> {
+    headers.get(CONTENT_LENGTH)?.to_str().ok()?.parse().ok()
 }
 
 fn for_guest(
@@ -207,6 +206,7 @@ async fn work(program: Program, exchange: Arc<Exchange>, request: Request<Reques
         grant: Grant {
             fuel: service.limits.fuel,
             memory: service.limits.memory,
+            quantum: exchange.quantum,
         },
         tenant_memory: Arc::clone(&service.tenant.memory),
         env: Arc::clone(&service.env),
@@ -269,12 +269,16 @@ async fn answer(hold: Hold, wants_body: bool) -> Response<OutBody> {
         }
         Gathered::Broken => return failed(hold),
         Gathered::Open(first, rest) => {
+            let length = declared_length(&parts.headers);
             if usage {
+                // A body of declared length has no trailers (RFC 9112, 7.1.2); ours is checked
+                // against it all the same.
+                parts.headers.remove(CONTENT_LENGTH);
                 parts
                     .headers
                     .insert(TRAILER, HeaderValue::from_static("insula-usage"));
             }
-            OutBody::stream(rest, hold, first, usage)
+            OutBody::stream(rest, hold, first, usage, length)
         }
     };
     Response::from_parts(parts, body)

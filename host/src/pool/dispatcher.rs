@@ -11,7 +11,7 @@ use std::cell::RefCell;
 use std::collections::{HashMap, VecDeque};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicBool, AtomicI32, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
 use std::task::{Context, Poll, Waker};
 use std::time::{Duration, Instant};
 
@@ -19,15 +19,20 @@ use insula_scheduler as sched;
 use insula_scheduler::{Class, Nanos, Pick, Scheduler, SliceEnd, WorkerId};
 use insula_types::spec::TenantSpec;
 use insula_types::{Outcome, ServiceId, TenantId};
+use tokio::runtime::Handle;
 use tokio::sync::Notify;
 
 use super::clock::Stopwatch;
 use super::deadlines::{Deadlines, TICK};
 use super::exchange::Exchange;
 use super::jobs::{Job, JobKey, JobWaker, Jobs, Wakefulness, Work};
+use super::pace::{Ending, Lane};
+use super::runners::{Load, Runners, Ticket};
 
 /// How long a worker polls guests before it looks at its connections again.
 const BATCH: Duration = Duration::from_micros(250);
+/// How long a core is lent before the scheduler is asked again.
+const LOAN: Duration = Duration::from_millis(2);
 /// Requests of all tenants that wait for admission, at most.
 const WAITING_MAX: usize = 100_000;
 
@@ -95,12 +100,15 @@ struct WorkerSlot {
     /// CPU time of the worker's thread outside of slices.
     host_ns: AtomicU64,
     tid: AtomicI32,
+    /// The worker's runtime: timers of its guests belong to it.
+    runtime: OnceLock<Handle>,
 }
 
 /// See the module's documentation.
 pub struct Pool {
     inner: Mutex<Inner>,
     workers: Box<[WorkerSlot]>,
+    pub(super) runners: Runners,
     instances: u32,
     epoch: Instant,
     this: Weak<Self>,
@@ -115,13 +123,21 @@ impl std::fmt::Debug for Pool {
 }
 
 /// A worker's own state, kept between batches.
-#[derive(Debug)]
 struct WorkerState {
     id: WorkerId,
     watch: Stopwatch,
     next_sweep: Instant,
     /// The thread may have slept since the last boundary.
     slept: bool,
+    /// The job whose runner has the core.
+    lent: Option<Loan>,
+}
+
+/// A core that is lent.
+struct Loan {
+    key: JobKey,
+    ticket: Arc<Ticket>,
+    exchange: Arc<Exchange>,
 }
 
 thread_local! {
@@ -152,7 +168,7 @@ pub(super) enum After {
 }
 
 /// How one slice ended.
-enum Slice {
+pub(super) enum Slice {
     Done,
     Pending(Work),
 }
@@ -193,6 +209,7 @@ impl Pool {
                 waiting: 0,
             }),
             workers: (0..workers).map(|_| WorkerSlot::default()).collect(),
+            runners: Runners::default(),
             instances,
             epoch: Instant::now(),
             this: this.clone(),
@@ -309,6 +326,7 @@ impl Pool {
             exchange,
             deadline,
             work: Some(work),
+            ticket: None,
             killed: None,
             admitted,
         });
@@ -383,6 +401,11 @@ impl Pool {
         self.workers[worker.index()].wake.notified().await;
     }
 
+    /// Wakes one worker: a slice to which it lent its core has ended.
+    pub(super) fn wake_worker(&self, index: usize) {
+        self.workers[index].wake.notify_one();
+    }
+
     /// Wakes all workers: to bring their books up to date, or to let them see a shutdown.
     pub fn wake_all(&self) {
         for slot in &self.workers {
@@ -393,12 +416,15 @@ impl Pool {
     /// Called once by each worker's thread.
     pub(super) fn enter(&self, id: WorkerId) {
         let tid = rustix::thread::gettid().as_raw_nonzero().get();
-        self.workers[id.index()].tid.store(tid, Ordering::Relaxed);
+        let slot = &self.workers[id.index()];
+        slot.tid.store(tid, Ordering::Relaxed);
+        slot.runtime.get_or_init(Handle::current);
         let state = WorkerState {
             id,
             watch: Stopwatch::new(),
             next_sweep: Instant::now(),
             slept: true,
+            lent: None,
         };
         WORKER.with(|worker| worker.replace(Some(state)));
     }
@@ -406,17 +432,18 @@ impl Pool {
     /// CPU time of the host itself so far, in nanoseconds: the workers' outside of slices, and
     /// all of the other threads and children.
     pub fn host_cpu_ns(&self) -> u64 {
-        let tids: Vec<i32> = self
-            .workers
-            .iter()
-            .map(|slot| slot.tid.load(Ordering::Relaxed))
-            .collect();
+        let mut tids = self.runners.tids().clone();
+        tids.extend(
+            self.workers
+                .iter()
+                .map(|slot| slot.tid.load(Ordering::Relaxed)),
+        );
         let workers: u64 = self
             .workers
             .iter()
             .map(|slot| slot.host_ns.load(Ordering::Relaxed))
             .sum();
-        workers + super::clock::other_cpu_ns(&tids)
+        workers + self.runners.host_ns() + super::clock::other_cpu_ns(&tids)
     }
 
     /// Time that a tenant's runnable requests waited for a core, and time that its limit held
@@ -473,34 +500,134 @@ impl Pool {
         } else if !lock(&self.workers[worker.id.index()].deadlines).is_empty() {
             ends = Some(worker.next_sweep);
         }
+        if let Some(loan) = worker.lent.take() {
+            self.call_in(worker.id, loan, began);
+        }
         let mut now = began;
         loop {
-            let next = match self.pick(worker.id, now) {
-                Picked::Run(next) => next,
+            let until = match self.pick(worker.id, now) {
+                Picked::Run(next) => match self.run_slice(worker, next, now) {
+                    Ran::Ended { at } => {
+                        now = at;
+                        if now.saturating_duration_since(began) >= BATCH {
+                            return After::Again;
+                        }
+                        continue;
+                    }
+                    Ran::Lent => now + LOAN,
+                },
                 Picked::Idle => return ends.map_or(After::Idle, After::Until),
-                Picked::Throttled(until) => {
-                    return After::Until(ends.map_or(until, |sweep| sweep.min(until)));
-                }
+                Picked::Throttled(until) => until,
             };
-            let ran = self.run_slice(worker, next, now);
-            now = ran.now;
-            if ran.share_work {
-                self.wake_idle(worker.id);
-            }
-            if now.saturating_duration_since(began) >= BATCH {
-                return After::Again;
-            }
+            return After::Until(ends.map_or(until, |sweep| sweep.min(until)));
         }
     }
 
-    /// Runs a picked slice that begins at `now`, the worker's last boundary, and charges it.
+    /// Runs a picked slice that begins at `now`, the worker's last boundary, and charges it; or
+    /// lends the core to a runner for it.
     fn run_slice(&self, worker: &mut WorkerState, next: Next, now: Instant) -> Ran {
-        let late = (now >= next.deadline).then_some(Outcome::Timeout);
-        let slice = poll_once(next.work, next.killed.or(late), next.waker, &next.exchange);
-        let (now, used) = worker.watch.lap();
-        next.exchange.charge_cpu(used);
-        let share_work = self.end_slice(worker.id, next.key, slice, used, now);
-        Ran { now, share_work }
+        let Next {
+            key,
+            what,
+            killed,
+            exchange,
+            deadline,
+            home,
+        } = next;
+        let (work, waker) = match what {
+            What::Poll(work, waker) => (work, waker),
+            What::OnRunner(ticket) => {
+                let loan = Loan {
+                    key,
+                    ticket,
+                    exchange,
+                };
+                return self.lend_again(worker, loan, now);
+            }
+        };
+        let lane = exchange.service.stats.pace.lane();
+        let killed = killed.or_else(|| (now >= deadline).then_some(Outcome::Timeout));
+        let mut load = Load {
+            work,
+            waker,
+            killed,
+            exchange,
+        };
+        let runtime = self.workers[home.index()].runtime.get();
+        if let (Lane::Runner, None, Some(home)) = (lane, killed, runtime) {
+            let exchange = load.exchange.clone();
+            match self.runners.lend(&self.this, worker.id, home, load) {
+                Ok(ticket) => {
+                    self.lent(
+                        worker,
+                        Loan {
+                            key,
+                            ticket,
+                            exchange,
+                        },
+                    );
+                    return Ran::Lent;
+                }
+                Err(untaken) => load = untaken,
+            }
+        }
+        let slice = poll_once(load.work, load.killed, load.waker, &load.exchange);
+        let (at, used) = worker.watch.lap();
+        self.end_slice(
+            worker.id,
+            key,
+            (slice, used),
+            (Lane::Worker, used),
+            &load.exchange,
+            at,
+        );
+        Ran::Ended { at }
+    }
+
+    /// Notes that the core is lent. The worker itself is free for its connections.
+    fn lent(&self, worker: &mut WorkerState, loan: Loan) {
+        let slot = &self.workers[worker.id.index()];
+        slot.in_slice.store(false, Ordering::Relaxed);
+        if let Some(job) = lock(&self.inner).jobs.get_mut(loan.key) {
+            job.ticket = Some(loan.ticket.clone());
+        }
+        worker.lent = Some(loan);
+    }
+
+    /// A job was picked that is on a runner already.
+    fn lend_again(&self, worker: &mut WorkerState, loan: Loan, now: Instant) -> Ran {
+        loan.ticket.lent_by(worker.id);
+        // Asked after that: it ended before, or the runner will wake this worker.
+        if loan.ticket.has_ended() {
+            self.call_in(worker.id, loan, now);
+            return Ran::Ended { at: now };
+        }
+        self.lent(worker, loan);
+        Ran::Lent
+    }
+
+    /// Charges what a slice on a runner took since it was charged last. Its job ends or parks with
+    /// it if it is over, and stands in line again if not.
+    fn call_in(&self, worker: WorkerId, loan: Loan, now: Instant) {
+        let Loan {
+            key,
+            ticket,
+            exchange,
+        } = loan;
+        let (used, ended) = ticket.settle();
+        if let Some(ended) = ended {
+            let whole = (Lane::Runner, ended.taken_ns);
+            self.end_slice(worker, key, (ended.slice, used), whole, &exchange, now);
+            return;
+        }
+        ticket.pause();
+        exchange.charge_cpu(used);
+        let (at, used) = (self.nanos(now), Nanos::from_nanos(used));
+        // The scheduler knows the worker's slice: it was picked for it and not charged since.
+        let charged = lock(&self.inner)
+            .sched
+            .charge(worker, used, SliceEnd::Paused, at);
+        debug_assert!(charged.is_ok(), "{charged:?}");
     }
 
     fn pick(&self, worker: WorkerId, now: Instant) -> Picked {
@@ -536,27 +663,30 @@ impl Pool {
         }
     }
 
-    /// Charges a slice and decides what becomes of its job; see [`Ran::share_work`] for what it
-    /// says.
+    /// Charges a slice, decides what becomes of its job, and offers other runnable work to an idle
+    /// worker where this one is busy with requests that take longer than a slice. `used` was not
+    /// charged yet; `whole` is where the slice ran and all that it took.
     fn end_slice(
         &self,
         worker: WorkerId,
         key: JobKey,
-        slice: Slice,
-        used: u64,
+        (slice, used): (Slice, u64),
+        (lane, whole): (Lane, u64),
+        exchange: &Exchange,
         now: Instant,
-    ) -> bool {
+    ) {
+        exchange.charge_cpu(used);
         let at = self.nanos(now);
         let mut guard = lock(&self.inner);
         let inner = &mut *guard;
-        self.workers[worker.index()]
-            .in_slice
-            .store(false, Ordering::Relaxed);
+        let slot = &self.workers[worker.index()];
+        slot.in_slice.store(false, Ordering::Relaxed);
         let (end, mut gone) = match slice {
             Slice::Done => (SliceEnd::Finished, inner.jobs.remove(key)),
             Slice::Pending(work) => {
                 let end = inner.jobs.get_mut(key).map_or(SliceEnd::Finished, |job| {
                     job.work = Some(work);
+                    job.ticket = None;
                     job.park_or_requeue()
                 });
                 (end, None)
@@ -567,30 +697,46 @@ impl Pool {
             inner.finished(job, at);
         }
         drop(guard);
-        if let Some(job) = gone {
-            job.exchange.finish();
+        if gone.is_some() {
+            exchange.finish();
         }
-        end == SliceEnd::Preempted && charged.is_ok_and(|charged| charged.runnable > 1)
+        let ending = match end {
+            SliceEnd::Preempted => Ending::Preempted {
+                quantum: exchange.quantum,
+            },
+            _ => Ending::OfItself,
+        };
+        exchange.service.stats.pace.slice(lane, whole, ending);
+        if end == SliceEnd::Preempted && charged.is_ok_and(|charged| charged.runnable > 1) {
+            self.wake_idle(worker);
+        }
     }
 }
 
 /// A slice that is about to run.
 struct Next {
     key: JobKey,
-    work: Work,
+    what: What,
     killed: Option<Outcome>,
-    waker: Waker,
     exchange: Arc<Exchange>,
     deadline: Instant,
+    home: WorkerId,
 }
 
-/// A slice that was run.
-struct Ran {
-    /// When it ended.
-    now: Instant,
-    /// Other runnable work should be offered to an idle worker: this one is busy with requests
-    /// that take longer than a slice.
-    share_work: bool,
+/// Where the work of a job is.
+enum What {
+    /// Here.
+    Poll(Work, Waker),
+    /// On a runner since an earlier pick.
+    OnRunner(Arc<Ticket>),
+}
+
+/// What became of a picked slice.
+enum Ran {
+    /// It is over and charged.
+    Ended { at: Instant },
+    /// A runner has the core for it.
+    Lent,
 }
 
 enum Picked {
@@ -601,7 +747,12 @@ enum Picked {
 
 /// Runs one slice, or drops the job where it was killed or is late. A panic below ends only this
 /// request.
-fn poll_once(mut work: Work, killed: Option<Outcome>, waker: Waker, exchange: &Exchange) -> Slice {
+pub(super) fn poll_once(
+    mut work: Work,
+    killed: Option<Outcome>,
+    waker: Waker,
+    exchange: &Exchange,
+) -> Slice {
     if let Some(outcome) = killed {
         exchange.settle(outcome);
         let dropped = catch_unwind(AssertUnwindSafe(|| drop(work)));
@@ -631,17 +782,23 @@ fn poll_once(mut work: Work, killed: Option<Outcome>, waker: Waker, exchange: &E
 }
 
 impl Job {
-    /// Takes the work out, to be polled. `None` when it is out already.
+    /// Takes the work out, to be polled. `None` when somebody polls it.
     fn start(&mut self, key: JobKey) -> Option<Next> {
-        let work = self.work.take()?;
-        self.waker.set(Wakefulness::Running);
+        let what = match (self.work.take(), &self.ticket) {
+            (Some(work), _) => {
+                self.waker.set(Wakefulness::Running);
+                What::Poll(work, Waker::from(self.waker.clone()))
+            }
+            (None, Some(ticket)) => What::OnRunner(ticket.clone()),
+            (None, None) => return None,
+        };
         Some(Next {
             key,
-            work,
+            what,
             killed: self.killed,
-            waker: Waker::from(self.waker.clone()),
             exchange: self.exchange.clone(),
             deadline: self.deadline,
+            home: self.home,
         })
     }
 

@@ -81,6 +81,8 @@ pub struct Exchange {
     pub version: VersionNumber,
     /// For logs and headers.
     pub request_id: RequestId,
+    /// Fuel of one slice.
+    pub quantum: u64,
     /// CPU time charged so far, in nanoseconds.
     pub cpu_ns: AtomicU64,
     /// Bytes of the request so far.
@@ -103,9 +105,11 @@ impl Exchange {
         request_id: RequestId,
         began: Instant,
     ) -> Arc<Self> {
+        let quantum = service.stats.pace.quantum();
         Arc::new(Self {
             service,
             version,
+            quantum,
             request_id,
             cpu_ns: AtomicU64::new(0),
             bytes_in: AtomicU64::new(0),

@@ -12,6 +12,7 @@ use insula_types::{Outcome, TenantId};
 
 use super::dispatcher::Pool;
 use super::exchange::Exchange;
+use super::runners::Ticket;
 
 /// A job's place in the table and the generation of that place.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -109,8 +110,10 @@ pub(super) struct Job {
     pub(super) waker: Arc<JobWaker>,
     pub(super) exchange: Arc<Exchange>,
     pub(super) deadline: Instant,
-    /// `None` while a worker polls it.
+    /// `None` while it is being polled.
     pub(super) work: Option<Work>,
+    /// Set while a runner polls it.
+    pub(super) ticket: Option<Arc<Ticket>>,
     /// Set when it is to be dropped instead of polled.
     pub(super) killed: Option<Outcome>,
     /// Whether it holds a place among its tenant's running requests.

@@ -14,6 +14,7 @@ use tokio::runtime::LocalOptions;
 use tokio::sync::watch;
 
 use super::Pool;
+use super::clock;
 use super::dispatcher::{self, After};
 use crate::ingress::Ingress;
 
@@ -96,6 +97,7 @@ pub fn start(
         .name(format!("insula-worker-{index}"))
         .spawn(move || {
             pin_to_core(usize::from(index));
+            clock::ask_for_short_turns();
             if let Err(error) = work(index, listener, &pool, ingress, phase) {
                 tracing::error!(%error, index, "a worker has no runtime");
             }

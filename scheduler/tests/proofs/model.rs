@@ -144,7 +144,7 @@ impl Twin {
                 start: self.virtual_time,
                 reservation,
                 limit,
-                lanes: [Lane::default(), Lane::default()],
+                lanes: Default::default(),
                 fresh_run: 0,
                 running: 0,
                 stand: Stand::Off,
@@ -309,11 +309,16 @@ impl Twin {
         if let Some(tag) = &mut chosen.limit {
             tag.spend(quantum, self.now);
         }
-        let [fresh, old] = &chosen.lanes;
-        let turn = !old.jobs.is_empty() && chosen.fresh_run >= FRESH_RUN;
-        let lane = usize::from(fresh.jobs.is_empty() || turn);
-        let counts = lane == 0 && !old.jobs.is_empty();
-        chosen.fresh_run = if counts { chosen.fresh_run + 1 } else { 0 };
+        let [fresh, old, paused] = &chosen.lanes;
+        let lane = if paused.jobs.is_empty() {
+            let turn = !old.jobs.is_empty() && chosen.fresh_run >= FRESH_RUN;
+            let lane = usize::from(fresh.jobs.is_empty() || turn);
+            let counts = lane == 0 && !old.jobs.is_empty();
+            chosen.fresh_run = if counts { chosen.fresh_run + 1 } else { 0 };
+            lane
+        } else {
+            2
+        };
         assert_eq!(chosen.lanes[lane].take(worker), (job, home));
         chosen.running += 1;
         let limited = chosen.limit.is_some();
@@ -352,9 +357,10 @@ impl Twin {
         self.last_finish = self.last_finish.max(tenant.start);
         let fate = match (end, tenant.removed) {
             (SliceEnd::Finished | SliceEnd::Blocked, _) => Fate::Released,
-            (SliceEnd::Preempted, true) => Fate::Orphaned,
-            (SliceEnd::Preempted, false) => {
-                tenant.lanes[1].jobs.push_back((slice.job, slice.home));
+            (SliceEnd::Preempted | SliceEnd::Paused, true) => Fate::Orphaned,
+            (SliceEnd::Preempted | SliceEnd::Paused, false) => {
+                let lane = if end == SliceEnd::Paused { 2 } else { 1 };
+                tenant.lanes[lane].jobs.push_back((slice.job, slice.home));
                 Fate::Requeued
             }
         };
