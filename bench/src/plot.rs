@@ -9,6 +9,8 @@ use crate::stats::Spread;
 pub(crate) struct Bar {
     pub(crate) name: String,
     pub(crate) figure: Spread,
+    /// What is written behind it in the place of its figure.
+    pub(crate) words: Option<String>,
     pub(crate) ours: bool,
 }
 
@@ -69,7 +71,8 @@ pub(crate) fn bars(title: &str, unit: &str, groups: &[Group]) -> String {
                 NAMES + least * scale,
                 NAMES + most * scale
             );
-            let figure = format!("{median:.1} {unit}");
+            let figure = bar.words.clone();
+            let figure = figure.unwrap_or_else(|| format!("{median:.1} {unit}"));
             let end = NAMES + most * scale + 8.0;
             text(&mut body, (end, middle + 4.5), "", "start", &figure);
             y += STEP;
@@ -108,6 +111,7 @@ mod tests {
         let bar = |name: &str, median: f64| Bar {
             name: name.to_owned(),
             figure: Spread::of([median]).unwrap(),
+            words: (median > 50.0).then(|| "<much>".to_owned()),
             ours: false,
         };
         let group = Group {
@@ -117,6 +121,7 @@ mod tests {
         let svg = bars("t", "µs", &[group]);
         assert!(svg.contains("a &lt; b"));
         assert!(svg.contains(r#"width="460.0""#) && svg.contains(r#"width="46.0""#));
-        assert!(svg.contains("100.0 µs"));
+        assert!(svg.contains("10.0 µs") && svg.contains("&lt;much&gt;"));
+        assert!(!svg.contains("100.0 µs"));
     }
 }
