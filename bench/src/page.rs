@@ -99,6 +99,15 @@ pub(crate) fn replace_section(page: &str, name: &str, section: &str) -> String {
     format!("{}\n\n{section}\n", page.trim_end())
 }
 
+/// Whether a promise was kept, for a column of its own; a disturbed run does not tell.
+pub(crate) const fn held(is_held: bool, elsewhere: f64) -> &'static str {
+    match is_held {
+        _ if elsewhere > DISTURBED => "?",
+        true => "yes",
+        false => "no",
+    }
+}
+
 /// What a program says, on one line.
 fn said(program: &str, arguments: &[&str]) -> String {
     let output = Command::new(program)

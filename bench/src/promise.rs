@@ -105,6 +105,7 @@ pub(crate) fn table(out: &mut String, samples: &[Sample], layout: Layout) -> Res
         told.push(promise.what);
         let same = || here().filter(|other| other.finding.promise.what == promise.what);
         let elsewhere = Spread::of(same().map(|sample| sample.finding.elsewhere));
+        let elsewhere = elsewhere.map_or(0.0, |spread| spread.most);
         let Some(figures) = Spread::of(same().map(|sample| sample.finding.figure)) else {
             writeln!(out, "| {} | – | | no | |", promise.what)?;
             continue;
@@ -119,12 +120,8 @@ pub(crate) fn table(out: &mut String, samples: &[Sample], layout: Layout) -> Res
             unit.words(figures.most),
             if promise.at_least { "≥" } else { "≤" },
             unit.words(promise.bound),
-            if promise.is_held(figures.median) {
-                "yes"
-            } else {
-                "no"
-            },
-            page::elsewhere(elsewhere.map_or(0.0, |spread| spread.most)),
+            page::held(promise.is_held(figures.median), elsewhere),
+            page::elsewhere(elsewhere),
         )?;
     }
     writeln!(out)?;
@@ -151,9 +148,9 @@ mod tests {
             text.lines().nth(2).unwrap_or_default().to_owned()
         };
         let held = row(&[sample(1.0, 0.01), sample(1.4, 0.5), sample(2.0, 0.02)]);
-        let expected =
-            "| this | **1.40 ×** (1.00 ×–2.00 ×) | ≤ 1.50 × | yes | **50 %, disturbed** |";
+        let expected = "| this | **1.40 ×** (1.00 ×–2.00 ×) | ≤ 1.50 × | ? | **50 %, disturbed** |";
         assert_eq!(held, expected);
+        assert!(row(&[sample(1.4, 0.01)]).contains("| yes | 1 % |"));
         assert!(row(&[sample(1.6, 0.0)]).contains("| no | 0 % |"));
         assert_eq!(row(&[sample(f64::NAN, 0.0)]), "| this | – | | no | |");
     }

@@ -15,7 +15,7 @@ use crate::cores::Layout;
 use crate::page::{self, time};
 use crate::plot::{self, Bar, Group};
 use crate::stats::Spread;
-use crate::{peers, workerd};
+use crate::workerd;
 
 const PLOT: &str = "neighbour.svg";
 /// Beside so many endless loops servers are compared in the plot.
@@ -37,8 +37,11 @@ impl Section {
     pub(crate) fn publish(&self, folder: &Path) -> Result<()> {
         page::write_section(folder, "neighbour", &self.text)?;
         page::write_plot(folder, PLOT, &self.plot)?;
-        let front = peers::repository().join("README.md");
-        let before = fs::read_to_string(&front).with_context(|| front.display().to_string())?;
+        // The front page is that of the folder above; elsewhere there is none.
+        let front = folder.join("../README.md");
+        let Ok(before) = fs::read_to_string(&front) else {
+            return Ok(());
+        };
         let after = page::replace_section(&before, "neighbour", &self.front);
         fs::write(&front, after).with_context(|| front.display().to_string())
     }
@@ -186,7 +189,7 @@ fn row(out: &mut String, name: &str, place: Place, samples: &[&Sample], rows: Ro
     writeln!(
         out,
         " {} | {} |",
-        if held { "yes" } else { "no" },
+        page::held(held, elsewhere),
         page::elsewhere(elsewhere)
     )?;
     Ok(())
