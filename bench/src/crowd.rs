@@ -42,12 +42,21 @@ pub(crate) enum Answers {
     Endless,
 }
 
+/// Which request a connection asks next.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Turns {
+    /// The n-th connection always asks the n-th, counted round.
+    Own,
+    /// All connections together go through all of them, and begin again.
+    Rotating,
+}
+
 /// Who asks what.
 #[derive(Debug, Clone)]
 pub(crate) struct Plan {
     pub(crate) address: SocketAddr,
-    /// The n-th connection asks the n-th of these, in turn.
     pub(crate) requests: Vec<Vec<u8>>,
+    pub(crate) turns: Turns,
     pub(crate) connections: usize,
     pub(crate) answers: Answers,
     pub(crate) cores: Cores,
@@ -148,6 +157,8 @@ struct Client<'a> {
     epoll: OwnedFd,
     wires: Vec<Wire>,
     opening: usize,
+    /// Requests asked so far.
+    asked: usize,
 }
 
 impl<'a> Client<'a> {
@@ -159,6 +170,7 @@ impl<'a> Client<'a> {
             epoll: epoll::create(epoll::CreateFlags::CLOEXEC)?,
             wires: (0..plan.connections).map(|_| Wire::new(now)).collect(),
             opening: 0,
+            asked: 0,
         })
     }
 
@@ -251,7 +263,12 @@ impl<'a> Client<'a> {
     }
 
     fn ask(&mut self, index: usize) {
-        let request = &self.plan.requests[index % self.plan.requests.len()];
+        let turn = match self.plan.turns {
+            Turns::Own => index,
+            Turns::Rotating => self.asked,
+        };
+        self.asked = self.asked.wrapping_add(1);
+        let request = &self.plan.requests[turn % self.plan.requests.len()];
         if self.wires[index].send(request).is_err() {
             self.failed(index);
         }
@@ -297,6 +314,7 @@ mod tests {
         let plan = Plan {
             address,
             requests: vec![targets::get("/", "test")],
+            turns: Turns::Own,
             connections: 100,
             answers,
             cores: Cores::allowed().unwrap(),
@@ -328,6 +346,36 @@ mod tests {
         until(&crowd, |seen, _| seen.answers > 300 && seen.refusals > 300);
         let seen = crowd.end().unwrap();
         assert!(seen.answers >= seen.refusals, "{seen:?}");
+    }
+
+    #[test]
+    fn all_are_asked_as_often_where_they_take_turns() {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let plan = |turns| Plan {
+            address: listener.local_addr().unwrap(),
+            requests: ["a", "b", "c"].map(|host| targets::get("/", host)).to_vec(),
+            turns,
+            connections: 1,
+            answers: Answers::Counted,
+            cores: Cores::allowed().unwrap(),
+            priority: Priority::Ordinary,
+        };
+        for (turns, expected) in [(Turns::Own, "aaaa"), (Turns::Rotating, "abca")] {
+            let crowd = Crowd::start(plan(turns)).unwrap();
+            let (mut stream, _) = listener.accept().unwrap();
+            let mut asked = String::new();
+            for _ in 0..expected.len() {
+                let mut request = [0; 1024];
+                let count = stream.read(&mut request).unwrap();
+                let text = String::from_utf8_lossy(&request[..count]).into_owned();
+                asked += text.split_once("Host: ").unwrap().1.trim();
+                stream
+                    .write_all(b"HTTP/1.1 200 OK\r\ncontent-length: 0\r\n\r\n")
+                    .unwrap();
+            }
+            assert_eq!(asked, expected);
+            crowd.end().unwrap();
+        }
     }
 
     #[test]

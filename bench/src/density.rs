@@ -7,6 +7,9 @@
 //! ```text
 //!  one service, warm ─▶ all others deployed ─▶ idle ─▶ first requests ─▶ one, all, one, all …
 //! ```
+//!
+//! Warm services are asked in two ways: at a constant rate, which tells what a request costs, and
+//! as fast as they answer, which tells how many there are of them.
 
 use std::fmt::Write as _;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -19,6 +22,7 @@ use serde_json::json;
 
 use crate::common::{Common, HELLO, Whole, count};
 use crate::cores::{Layout, Priority, while_bound};
+use crate::crowd::{self, Answers, Crowd, Turns};
 use crate::http::Call;
 use crate::insula::{self, Desk, Host};
 use crate::open_loop::{self, Generator};
@@ -27,10 +31,10 @@ use crate::process::{Meter, resident_kib};
 use crate::promise::{self, Finding, Promise, Sample, Unit};
 use crate::say;
 use crate::servers::Bed;
-use crate::targets::Targets;
+use crate::targets::{Targets, get};
 
 /// Services of one tenant.
-const PER_TENANT: usize = 100;
+const PER_TENANT: usize = 10;
 /// Deploys at once; the host compiles two at a time.
 const DEPLOYERS: usize = 2;
 /// Services whose first request is timed.
@@ -143,6 +147,13 @@ const WARM: Promise = Promise::at_most(
     1.2,
 );
 
+const ROTATION: Promise = Promise {
+    what: "requests per second with all tenants in rotation, by those to one",
+    unit: Unit::Times,
+    bound: 0.9,
+    at_least: true,
+};
+
 impl Town<'_> {
     fn look(&self) -> Result<(Vec<Sample>, Duration)> {
         let mut samples = Vec::new();
@@ -175,10 +186,18 @@ impl Town<'_> {
         let hosts: Vec<String> = (0..self.options.services).map(name).collect();
         let (one, all) = (Targets::one("/", &hosts[0]), Targets::zipf("/", &hosts));
         self.warm(&all)?;
+        let rotation: Vec<Vec<u8>> = (0..self.options.services)
+            .step_by(PER_TENANT)
+            .map(|number| get("/", &name(number)))
+            .collect();
+        self.throughput(&rotation)?;
         for round in 0..self.options.common.rounds {
             let (alone, first) = self.warm(&one)?;
             let (among, second) = self.warm(&all)?;
             add(WARM, (among / alone, first.max(second)), round);
+            let (alone, first) = self.throughput(&rotation[..1])?;
+            let (among, second) = self.throughput(&rotation)?;
+            add(ROTATION, (among / alone, first.max(second)), round);
         }
         Ok((samples, deployed))
     }
@@ -247,6 +266,31 @@ impl Town<'_> {
         Ok((p99, meter.end()?.elsewhere))
     }
 
+    /// Answers per second, as fast as they come.
+    fn throughput(&self, requests: &[Vec<u8>]) -> Result<(f64, f64)> {
+        let crowd = Crowd::start(crowd::Plan {
+            address: self.host.ingress,
+            requests: requests.to_vec(),
+            turns: Turns::Rotating,
+            connections: CONNECTIONS,
+            answers: Answers::Counted,
+            cores: self.bed.places.client.clone(),
+            priority: Priority::PACE,
+        })?;
+        sleep(WARM_UP);
+        let meter = Meter::begin(self.host.running.id(), &self.bed.places.all)?;
+        let (before, began) = (crowd.seen(), Instant::now());
+        sleep(self.options.common.measured());
+        let (after, elapsed) = (crowd.seen(), began.elapsed());
+        let elsewhere = meter.end()?.elsewhere;
+        let seen = crowd.end()?;
+        if seen.refusals + seen.failures > 0 {
+            bail!("not all requests were answered: {seen:?}");
+        }
+        let answers = count(after.answers - before.answers);
+        Ok((answers / elapsed.as_secs_f64(), elsewhere))
+    }
+
     /// CPU of a request in seconds, at the rate that was asked for.
     fn warm(&self, targets: &Targets) -> Result<(f64, f64)> {
         let measured = self.options.common.measured();
@@ -295,8 +339,10 @@ fn section(
         "{services} services of distinct bytes, {PER_TENANT} to a tenant, each a `hello` that was \
          uploaded and compiled by itself: {:.0} ms each, {DEPLOYERS} at a time. Memory is what the \
          host has more of after the last deploy than after the first, by the services between. \
-         Under the Zipf load the n-th service is asked in proportion to 1/n.\n",
-        deployed.as_secs_f64() * 1e3 / count(services as u64 - 1)
+         Under the Zipf load the n-th service is asked in proportion to 1/n; in rotation is one \
+         service of each of {} tenants.\n",
+        deployed.as_secs_f64() * 1e3 / count(services as u64 - 1),
+        services.div_ceil(PER_TENANT)
     )?;
     promise::table(out, samples, layout)?;
     let common = &options.common;
@@ -331,6 +377,6 @@ mod tests {
         assert_eq!(usize::from(one[5]), one.len() - 6);
         assert_eq!(&one[6..19], b"\x0cinsula-bench");
         assert_eq!(name(0), "s0.t0.localhost");
-        assert_eq!(name(1_234), "s34.t12.localhost");
+        assert_eq!(name(1_234), "s4.t123.localhost");
     }
 }

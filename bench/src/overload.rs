@@ -20,7 +20,7 @@ use serde_json::json;
 
 use crate::common::{Common, HELLO, Whole, count};
 use crate::cores::{Layout, Priority, while_bound};
-use crate::crowd::{self, Answers, Crowd};
+use crate::crowd::{self, Answers, Crowd, Turns};
 use crate::insula;
 use crate::open_loop::{self, Ending, Generator, Outcome, Record};
 use crate::page;
@@ -190,6 +190,7 @@ impl Scene<'_> {
         let crowd = Crowd::start(crowd::Plan {
             address: self.ingress,
             requests: vec![get(PATH, &insula::name("work", "flooder"))],
+            turns: Turns::Own,
             connections: PEAK_CONNECTIONS,
             answers: Answers::Counted,
             cores: self.bed.places.client.clone(),

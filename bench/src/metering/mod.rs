@@ -21,7 +21,7 @@ use serde_json::json;
 use crate::books::Books;
 use crate::common::{Common, Whole, count};
 use crate::cores::{Layout, Priority, while_bound};
-use crate::crowd::{self, Answers, Crowd};
+use crate::crowd::{self, Answers, Crowd, Turns};
 use crate::http::Call;
 use crate::insula;
 use crate::page;
@@ -280,6 +280,7 @@ fn mixed(options: &Options, bed: &Bed) -> Result<f64> {
         crowds.push(Crowd::start(crowd::Plan {
             address: host.ingress,
             requests: vec![get(path, &insula::name("mix", sample))],
+            turns: Turns::Own,
             connections,
             answers: Answers::Counted,
             cores: bed.places.client.clone(),

@@ -17,7 +17,7 @@ use super::streets::{self, Ground, Server, Street};
 use crate::books::Books;
 use crate::common::{HELLO, count};
 use crate::cores::{Layout, Priority, while_bound};
-use crate::crowd::{self, Crowd, Seen};
+use crate::crowd::{self, Crowd, Seen, Turns};
 use crate::open_loop::{self, Generator, Outcome};
 use crate::process::{Meter, Metered};
 use crate::servers::Bed;
@@ -127,6 +127,7 @@ pub(crate) fn measure(
     let crowd = Crowd::start(crowd::Plan {
         address: street.aggressors,
         requests: street.attacks.clone(),
+        turns: Turns::Own,
         connections: strength.connections,
         answers: place.attack.answers(),
         cores: bed.places.client.clone(),

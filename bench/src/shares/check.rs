@@ -9,7 +9,7 @@ use serde_json::{Value, json};
 use super::watch::{Change, Reading, every};
 use crate::common::{Common, count};
 use crate::cores::{Layout, Priority, while_bound};
-use crate::crowd::{self, Answers, Crowd};
+use crate::crowd::{self, Answers, Crowd, Turns};
 use crate::insula::{self, Desk, Host};
 use crate::process::Meter;
 use crate::promise::{Finding, Promise, Unit};
@@ -229,6 +229,7 @@ fn start(
         address: host.ingress,
         connections: requests.len() * each,
         requests,
+        turns: Turns::Own,
         answers: Answers::Counted,
         cores: bed.places.client.clone(),
         priority: match layout {
