@@ -7,6 +7,7 @@
 //! On failure: a poll that panics settles its request as `host_error` and drops its future; a
 //! job whose tenant is gone is killed and dropped at its next turn.
 
+use std::cell::RefCell;
 use std::collections::{HashMap, VecDeque};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicBool, AtomicI32, AtomicU64, Ordering};
@@ -20,7 +21,7 @@ use insula_types::spec::TenantSpec;
 use insula_types::{Outcome, ServiceId, TenantId};
 use tokio::sync::Notify;
 
-use super::clock::thread_cpu_ns;
+use super::clock::Stopwatch;
 use super::deadlines::{Deadlines, TICK};
 use super::exchange::Exchange;
 use super::jobs::{Job, JobKey, JobWaker, Jobs, Wakefulness, Work};
@@ -115,11 +116,28 @@ impl std::fmt::Debug for Pool {
 
 /// A worker's own state, kept between batches.
 #[derive(Debug)]
-pub(super) struct WorkerState {
+struct WorkerState {
     id: WorkerId,
-    /// The thread's CPU clock at the last boundary.
-    mark: u64,
+    watch: Stopwatch,
     next_sweep: Instant,
+    /// The thread may have slept since the last boundary.
+    slept: bool,
+}
+
+thread_local! {
+    /// Set on the threads of workers.
+    static WORKER: RefCell<Option<WorkerState>> = const { RefCell::new(None) };
+}
+
+/// Gives a worker's own thread its state. `None` on other threads, and while a guest of this
+/// worker is being polled.
+fn with_worker<T>(use_it: impl FnOnce(&mut WorkerState) -> T) -> Option<T> {
+    WORKER.with(|worker| worker.try_borrow_mut().ok()?.as_mut().map(use_it))
+}
+
+/// The calling worker's thread wakes up: what passed since the last boundary is not all its own.
+pub(super) fn slept() {
+    with_worker(|worker| worker.slept = true);
 }
 
 /// What a worker should do after a batch.
@@ -361,8 +379,8 @@ impl Pool {
     }
 
     /// Waits until there may be something to run for this worker.
-    pub(super) async fn wait(&self, worker: &WorkerState) {
-        self.workers[worker.id.index()].wake.notified().await;
+    pub(super) async fn wait(&self, worker: WorkerId) {
+        self.workers[worker.index()].wake.notified().await;
     }
 
     /// Wakes all workers: to bring their books up to date, or to let them see a shutdown.
@@ -373,14 +391,16 @@ impl Pool {
     }
 
     /// Called once by each worker's thread.
-    pub(super) fn enter(&self, id: WorkerId) -> WorkerState {
+    pub(super) fn enter(&self, id: WorkerId) {
         let tid = rustix::thread::gettid().as_raw_nonzero().get();
         self.workers[id.index()].tid.store(tid, Ordering::Relaxed);
-        WorkerState {
+        let state = WorkerState {
             id,
-            mark: 0,
+            watch: Stopwatch::new(),
             next_sweep: Instant::now(),
-        }
+            slept: true,
+        };
+        WORKER.with(|worker| worker.replace(Some(state)));
     }
 
     /// CPU time of the host itself so far, in nanoseconds: the workers' outside of slices, and
@@ -427,17 +447,25 @@ impl Pool {
     }
 
     /// Brings the worker's books up to date: all since the last boundary was the host's.
-    pub(super) fn settle_host_time(&self, worker: &mut WorkerState) -> u64 {
-        let now = thread_cpu_ns();
+    fn settle_host_time(&self, worker: &mut WorkerState) -> Instant {
+        let (now, ns) = if std::mem::take(&mut worker.slept) {
+            let now = Instant::now();
+            (now, worker.watch.read(now))
+        } else {
+            worker.watch.lap()
+        };
         let host = &self.workers[worker.id.index()].host_ns;
-        host.fetch_add(now.saturating_sub(worker.mark), Ordering::Relaxed);
-        worker.mark = now;
+        host.fetch_add(ns, Ordering::Relaxed);
         now
     }
 
-    /// Polls guests in the scheduler's order for about [`BATCH`].
-    pub(super) fn run_batch(&self, worker: &mut WorkerState) -> After {
-        let began = Instant::now();
+    /// Polls guests in the scheduler's order for about [`BATCH`]. To be called by a worker.
+    pub(super) fn run_batch(&self) -> After {
+        with_worker(|worker| self.batch(worker)).unwrap_or(After::Idle)
+    }
+
+    fn batch(&self, worker: &mut WorkerState) -> After {
+        let began = self.settle_host_time(worker);
         let mut ends = None;
         if began >= worker.next_sweep {
             let left = self.sweep(worker, began);
@@ -445,45 +473,46 @@ impl Pool {
         } else if !lock(&self.workers[worker.id.index()].deadlines).is_empty() {
             ends = Some(worker.next_sweep);
         }
-        let mut first = true;
+        let mut now = began;
         loop {
-            let picked = self.pick(worker.id);
-            let (key, work, killed, waker, exchange, deadline) = match picked {
+            let next = match self.pick(worker.id, now) {
                 Picked::Run(next) => next,
                 Picked::Idle => return ends.map_or(After::Idle, After::Until),
                 Picked::Throttled(until) => {
                     return After::Until(ends.map_or(until, |sweep| sweep.min(until)));
                 }
             };
-            if std::mem::take(&mut first) {
-                self.settle_host_time(worker);
-            }
-            let slice = poll_once(work, killed, deadline, waker, &exchange);
-            let now = thread_cpu_ns();
-            let used = now.saturating_sub(worker.mark);
-            worker.mark = now;
-            exchange.charge_cpu(used);
-            let more = self.end_slice(worker.id, key, slice, used);
-            if more {
+            let ran = self.run_slice(worker, next, now);
+            now = ran.now;
+            if ran.share_work {
                 self.wake_idle(worker.id);
             }
-            if began.elapsed() >= BATCH {
+            if now.saturating_duration_since(began) >= BATCH {
                 return After::Again;
             }
         }
     }
 
-    fn pick(&self, worker: WorkerId) -> Picked {
-        let at = self.now();
+    /// Runs a picked slice that begins at `now`, the worker's last boundary, and charges it.
+    fn run_slice(&self, worker: &mut WorkerState, next: Next, now: Instant) -> Ran {
+        let late = (now >= next.deadline).then_some(Outcome::Timeout);
+        let slice = poll_once(next.work, next.killed.or(late), next.waker, &next.exchange);
+        let (now, used) = worker.watch.lap();
+        next.exchange.charge_cpu(used);
+        let share_work = self.end_slice(worker.id, next.key, slice, used, now);
+        Ran { now, share_work }
+    }
+
+    fn pick(&self, worker: WorkerId, now: Instant) -> Picked {
+        let at = self.nanos(now);
         let slot = &self.workers[worker.index()];
         let mut guard = lock(&self.inner);
         let inner = &mut *guard;
-        slot.in_slice.store(false, Ordering::Relaxed);
         loop {
             match inner.sched.pick(worker, at) {
                 Ok(Pick::Run { job, .. }) => {
                     let key = JobKey::of(job);
-                    if let Some(next) = inner.jobs.get_mut(key).and_then(|job| Next::of(key, job)) {
+                    if let Some(next) = inner.jobs.get_mut(key).and_then(|job| job.start(key)) {
                         slot.idle.store(false, Ordering::SeqCst);
                         slot.in_slice.store(true, Ordering::Relaxed);
                         return Picked::Run(next);
@@ -507,13 +536,22 @@ impl Pool {
         }
     }
 
-    /// Charges a slice and decides what becomes of its job. Says whether other runnable work
-    /// should be offered to an idle worker: this one is busy with requests that take longer
-    /// than a slice.
-    fn end_slice(&self, worker: WorkerId, key: JobKey, slice: Slice, used: u64) -> bool {
-        let at = self.now();
+    /// Charges a slice and decides what becomes of its job; see [`Ran::share_work`] for what it
+    /// says.
+    fn end_slice(
+        &self,
+        worker: WorkerId,
+        key: JobKey,
+        slice: Slice,
+        used: u64,
+        now: Instant,
+    ) -> bool {
+        let at = self.nanos(now);
         let mut guard = lock(&self.inner);
         let inner = &mut *guard;
+        self.workers[worker.index()]
+            .in_slice
+            .store(false, Ordering::Relaxed);
         let (end, mut gone) = match slice {
             Slice::Done => (SliceEnd::Finished, inner.jobs.remove(key)),
             Slice::Pending(work) => {
@@ -536,7 +574,24 @@ impl Pool {
     }
 }
 
-type Next = (JobKey, Work, Option<Outcome>, Waker, Arc<Exchange>, Instant);
+/// A slice that is about to run.
+struct Next {
+    key: JobKey,
+    work: Work,
+    killed: Option<Outcome>,
+    waker: Waker,
+    exchange: Arc<Exchange>,
+    deadline: Instant,
+}
+
+/// A slice that was run.
+struct Ran {
+    /// When it ended.
+    now: Instant,
+    /// Other runnable work should be offered to an idle worker: this one is busy with requests
+    /// that take longer than a slice.
+    share_work: bool,
+}
 
 enum Picked {
     Run(Next),
@@ -544,42 +599,15 @@ enum Picked {
     Idle,
 }
 
-trait NextOf: Sized {
-    fn of(key: JobKey, job: &mut Job) -> Option<Self>;
-}
-
-impl NextOf for Next {
-    fn of(key: JobKey, job: &mut Job) -> Option<Self> {
-        let work = job.work.take()?;
-        job.waker.set(Wakefulness::Running);
-        let waker = Waker::from(job.waker.clone());
-        Some((
-            key,
-            work,
-            job.killed,
-            waker,
-            job.exchange.clone(),
-            job.deadline,
-        ))
-    }
-}
-
 /// Runs one slice, or drops the job where it was killed or is late. A panic below ends only this
 /// request.
-fn poll_once(
-    mut work: Work,
-    killed: Option<Outcome>,
-    deadline: Instant,
-    waker: Waker,
-    exchange: &Exchange,
-) -> Slice {
-    let late = || (Instant::now() >= deadline).then_some(Outcome::Timeout);
-    if let Some(outcome) = killed.or_else(late) {
+fn poll_once(mut work: Work, killed: Option<Outcome>, waker: Waker, exchange: &Exchange) -> Slice {
+    if let Some(outcome) = killed {
         exchange.settle(outcome);
         let dropped = catch_unwind(AssertUnwindSafe(|| drop(work)));
         if dropped.is_err() {
             tracing::error!(
-                request_id = exchange.request_id,
+                request_id = %exchange.request_id,
                 "dropping a guest panicked"
             );
         }
@@ -592,7 +620,7 @@ fn poll_once(
         Err(_) => {
             exchange.settle(Outcome::HostError);
             tracing::error!(
-                request_id = exchange.request_id,
+                request_id = %exchange.request_id,
                 "the host panicked below a guest"
             );
             // What is left of the future may panic again.
@@ -603,6 +631,20 @@ fn poll_once(
 }
 
 impl Job {
+    /// Takes the work out, to be polled. `None` when it is out already.
+    fn start(&mut self, key: JobKey) -> Option<Next> {
+        let work = self.work.take()?;
+        self.waker.set(Wakefulness::Running);
+        Some(Next {
+            key,
+            work,
+            killed: self.killed,
+            waker: Waker::from(self.waker.clone()),
+            exchange: self.exchange.clone(),
+            deadline: self.deadline,
+        })
+    }
+
     fn park_or_requeue(&mut self) -> SliceEnd {
         let parked =
             self.killed.is_none() && self.waker.change(Wakefulness::Running, Wakefulness::Parked);

@@ -14,7 +14,7 @@ use tokio::runtime::LocalOptions;
 use tokio::sync::watch;
 
 use super::Pool;
-use super::dispatcher::{After, WorkerState};
+use super::dispatcher::{self, After};
 use crate::ingress::Ingress;
 
 /// Why a worker could not start.
@@ -114,13 +114,14 @@ fn work(
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_io()
         .enable_time()
+        .on_thread_unpark(dispatcher::slept)
         .build_local(LocalOptions::default())?;
     let id = WorkerId::new(index);
     runtime.block_on(async {
         let accept = ingress.accept(listener, id, phase.clone());
         let accepting = tokio::task::spawn_local(accept);
-        let mut worker = pool.enter(id);
-        dispatch(pool, &mut worker, phase).await;
+        pool.enter(id);
+        dispatch(pool, id, phase).await;
         accepting.abort();
     });
     // Connections that still stand are dropped with the runtime.
@@ -148,9 +149,9 @@ fn pin_to_core(index: usize) {
 }
 
 /// Serves the run queue until the pool has ended.
-async fn dispatch(pool: &Pool, worker: &mut WorkerState, mut phase: watch::Receiver<Phase>) {
+async fn dispatch(pool: &Pool, worker: WorkerId, mut phase: watch::Receiver<Phase>) {
     loop {
-        match pool.run_batch(worker) {
+        match pool.run_batch() {
             After::Again => tokio::task::yield_now().await,
             After::Idle => {
                 // Both branches only wait; nothing is lost when the other one wins.
