@@ -1,7 +1,7 @@
 //! Who takes part, and how each is started.
 
 use std::net::{SocketAddr, TcpListener};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
 
@@ -134,15 +134,25 @@ fn get(address: SocketAddr, host: &str) -> Result<(u16, Vec<u8>)> {
     call.send(address)
 }
 
-fn wasmtime(bed: &Bed, flags: &[&str]) -> Result<Served> {
+/// Starts `wasmtime serve` with a component; it may take a while until it answers.
+pub(crate) fn wasmtime_serve(
+    bed: &Bed,
+    component: &Path,
+    flags: &[&str],
+) -> Result<(Running, SocketAddr)> {
     let address = free_address()?;
     let mut command = Command::new(&bed.wasmtime);
     command
         .args(["serve", "-Scli", &format!("--addr={address}")])
         .args(flags)
-        .arg(&bed.component)
+        .arg(component)
         .env("XDG_CACHE_HOME", bed.scratch.join("cache"));
     let running = Running::start(command, &bed.places.server, &bed.log("wasmtime"))?;
+    Ok((running, address))
+}
+
+fn wasmtime(bed: &Bed, flags: &[&str]) -> Result<Served> {
+    let (running, address) = wasmtime_serve(bed, &bed.component, flags)?;
     Ok(Served {
         running,
         address,

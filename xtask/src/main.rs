@@ -7,9 +7,11 @@
 //! * [`deps`]: which crate may use which, and which words may stand where
 //! * [`licences`]: what we stand on, and under which terms
 //! * [`guests`]: the samples, built
+//! * [`bench`]: what it costs, beside what others cost
 //! * [`tools`]: programs of others that tests use
 #![forbid(unsafe_code)]
 
+mod bench;
 mod checks;
 mod deps;
 mod guests;
@@ -36,6 +38,9 @@ usage: cargo xtask VERB
   deps         which crate may use which
   deny         licences, sources and advisories of what we depend on
   doc          build the documentation, without warnings
+  bench WHAT [ARGS]
+               build everything, then measure cost, metering, shares, overload, neighbour,
+               density or all; ARGS as of `insula-bench WHAT --help`. Writes docs/benchmarks.md
 ";
 
 /// Bad usage, as in the program itself.
@@ -69,6 +74,14 @@ fn run(verb: &str, rest: Vec<String>) -> Result<ExitCode> {
         }
         "tools" if takes_more => {
             tools::ensure(&Repository::find()?);
+            return Ok(ExitCode::SUCCESS);
+        }
+        "bench" => {
+            let Some((what, arguments)) = rest.split_first() else {
+                say(USAGE.trim_end());
+                return Ok(ExitCode::from(BAD_USAGE));
+            };
+            bench::run(&Repository::find()?, what, arguments)?;
             return Ok(ExitCode::SUCCESS);
         }
         "" | "help" | "-h" | "--help" => {

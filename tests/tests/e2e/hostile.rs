@@ -33,6 +33,8 @@ struct Case {
 
 /// What a client gets of it.
 enum Sees {
+    /// A good answer: this attack ends well, and costs its tenant what it costs.
+    Answer,
     /// A problem with this status, and the outcome as its code.
     Problem(u16),
     /// An answer that begins well and is cut off.
@@ -108,6 +110,20 @@ cases! {
         sees: Sees::CutOff,
         ..problem("endless-body", "/", || json!({"fuel": "400k"}), "out_of_fuel", 0)
     };
+    a_storm_of_page_faults_is_served_and_charged = Case {
+        sees: Sees::Answer,
+        ..problem("fault-storm", "/?mib=16", || json!({}), "ok", 200)
+    };
+    a_storm_of_page_faults_beyond_the_limit_runs_out_of_memory =
+        problem("fault-storm", "/", || json!({"memory": "16MiB"}), "out_of_memory", 502);
+    a_storm_of_host_calls_runs_out_of_fuel =
+        problem("host-calls", "/?bytes=64", || json!({"fuel": "300k"}), "out_of_fuel", 504);
+    a_storm_of_host_calls_times_out =
+        problem("host-calls", "/?bytes=64", || json!({"fuel": "1T", "timeout": "20ms"}), "timeout", 504);
+    a_flood_of_logs_runs_out_of_fuel =
+        problem("log-flood", "/", || json!({"fuel": "1M"}), "out_of_fuel", 504);
+    a_flood_of_logs_times_out =
+        problem("log-flood", "/", || json!({"fuel": "1T", "timeout": "20ms"}), "timeout", 504);
     a_slow_body_without_end_times_out = Case {
         sees: Sees::CutOff,
         at_once: 64,
@@ -167,6 +183,10 @@ fn attack(case: &Case) {
 
 fn look(case: &Case, load: &Load) {
     let (problems, cut_off) = match case.sees {
+        Sees::Answer => {
+            assert_eq!(load.status(200), TRIES, "{:?}", load.statuses);
+            return;
+        }
         Sees::Problem(status) => (load.status(status), 0),
         Sees::CutOff => (0, load.status(0)),
         Sees::ProblemOrCutOff(status) => (load.status(status), load.status(0)),
