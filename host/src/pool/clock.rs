@@ -1,7 +1,7 @@
 //! CPU time, measured; and the threads' places before the kernel's scheduler.
 #![allow(
     unsafe_code,
-    reason = "three system calls that no crate wraps; see the SAFETY notes"
+    reason = "two system calls that no crate wraps; see the SAFETY notes"
 )]
 
 use std::sync::OnceLock;
@@ -65,40 +65,6 @@ pub(super) fn claims_can_change() -> bool {
         let there_and_back = || set_claim(0, Claim::Leftover) && set_claim(0, Claim::Normal);
         std::thread::spawn(there_and_back).join().unwrap_or(false)
     })
-}
-
-/// Asks the kernel to wake the calling thread soon and to give it short turns: a slice of 0.1 ms,
-/// which from Linux 6.12 on lets it take the core from a thread with the usual 3 ms. Older kernels
-/// ignore it, and favour who has slept.
-pub(super) fn ask_for_short_turns() {
-    #[repr(C)]
-    struct Attributes {
-        size: u32,
-        policy: u32,
-        flags: u64,
-        nice: i32,
-        priority: u32,
-        runtime: u64,
-        deadline: u64,
-        period: u64,
-    }
-    let attributes = Attributes {
-        size: 48,
-        policy: 0,
-        flags: 0,
-        nice: 0,
-        priority: 0,
-        runtime: 100_000,
-        deadline: 0,
-        period: 0,
-    };
-    // SAFETY: sched_setattr(2) reads `size` bytes through the pointer, which is to a struct of that
-    // size laid out as its first version (SCHED_ATTR_SIZE_VER0, 48 bytes).
-    let done = unsafe { libc::syscall(libc::SYS_sched_setattr, 0, &raw const attributes, 0) };
-    if done != 0 {
-        let error = std::io::Error::last_os_error();
-        tracing::debug!(%error, "a worker keeps the usual length of its turns");
-    }
 }
 
 /// A stretch no longer than this is measured by the monotonic clock, which costs a twentieth of the

@@ -27,7 +27,7 @@ use super::deadlines::{Deadlines, TICK};
 use super::exchange::Exchange;
 use super::jobs::{Job, JobKey, JobWaker, Jobs, Wakefulness, Work};
 use super::pace::{Ending, Lane};
-use super::runners::{Load, Runners, Ticket};
+use super::runners::{Lender, Load, Runners, Ticket};
 
 /// How long a worker polls guests before it looks at its connections again.
 const BATCH: Duration = Duration::from_micros(250);
@@ -102,6 +102,8 @@ struct WorkerSlot {
     tid: AtomicI32,
     /// The worker's runtime: timers of its guests belong to it.
     runtime: OnceLock<Handle>,
+    /// The core to which the worker is pinned.
+    core: OnceLock<usize>,
 }
 
 /// See the module's documentation.
@@ -129,15 +131,23 @@ struct WorkerState {
     next_sweep: Instant,
     /// The thread may have slept since the last boundary.
     slept: bool,
-    /// The job whose runner has the core.
-    lent: Option<Loan>,
+    /// Set while a runner has the core.
+    loan: Option<Loan>,
+    /// The runner that had it last; perhaps in the middle of a slice.
+    runner: Option<Arc<Ticket>>,
 }
 
-/// A core that is lent.
-struct Loan {
-    key: JobKey,
-    ticket: Arc<Ticket>,
-    exchange: Arc<Exchange>,
+/// What a worker does with its core for the slice that it picked.
+enum Loan {
+    /// Its runner has it.
+    Lent {
+        key: JobKey,
+        ticket: Arc<Ticket>,
+        exchange: Arc<Exchange>,
+        since: Instant,
+    },
+    /// A runner with an earlier slice has it still.
+    Waiting,
 }
 
 thread_local! {
@@ -413,6 +423,18 @@ impl Pool {
         }
     }
 
+    /// A worker runs on this core only.
+    pub(super) fn pinned(&self, id: WorkerId, core: Option<usize>) {
+        if let Some(core) = core {
+            self.workers[id.index()].core.get_or_init(|| core);
+        }
+    }
+
+    fn lender(&self, id: WorkerId) -> Lender {
+        let core = self.workers[id.index()].core.get().copied();
+        Lender { worker: id, core }
+    }
+
     /// Called once by each worker's thread.
     pub(super) fn enter(&self, id: WorkerId) {
         let tid = rustix::thread::gettid().as_raw_nonzero().get();
@@ -424,7 +446,8 @@ impl Pool {
             watch: Stopwatch::new(),
             next_sweep: Instant::now(),
             slept: true,
-            lent: None,
+            loan: None,
+            runner: None,
         };
         WORKER.with(|worker| worker.replace(Some(state)));
     }
@@ -500,16 +523,18 @@ impl Pool {
         } else if !lock(&self.workers[worker.id.index()].deadlines).is_empty() {
             ends = Some(worker.next_sweep);
         }
-        if let Some(loan) = worker.lent.take() {
+        if let Some(loan) = worker.loan.take() {
             self.call_in(worker.id, loan, began);
         }
         let mut now = began;
         loop {
             let until = match self.pick(worker.id, now) {
                 Picked::Run(next) => match self.run_slice(worker, next, now) {
-                    Ran::Ended { at } => {
+                    Ran::Ended { at, end } => {
                         now = at;
-                        if now.saturating_duration_since(began) >= BATCH {
+                        // After a whole slice somebody's answer or input may have waited for it.
+                        let waited = now.saturating_duration_since(began);
+                        if waited >= BATCH || end == SliceEnd::Preempted {
                             return After::Again;
                         }
                         continue;
@@ -536,16 +561,10 @@ impl Pool {
         } = next;
         let (work, waker) = match what {
             What::Poll(work, waker) => (work, waker),
-            What::OnRunner(ticket) => {
-                let loan = Loan {
-                    key,
-                    ticket,
-                    exchange,
-                };
-                return self.lend_again(worker, loan, now);
-            }
+            What::OnRunner(ticket) => return self.lend(worker, key, ticket, exchange, now),
         };
-        let lane = exchange.service.stats.pace.lane();
+        let used = exchange.cpu_ns.load(Ordering::Relaxed);
+        let lane = exchange.service.stats.pace.lane(used);
         let killed = killed.or_else(|| (now >= deadline).then_some(Outcome::Timeout));
         let mut load = Load {
             work,
@@ -554,80 +573,156 @@ impl Pool {
             exchange,
         };
         let runtime = self.workers[home.index()].runtime.get();
-        if let (Lane::Runner, None, Some(home)) = (lane, killed, runtime) {
+        if let (Lane::Runner, None, Some(runtime)) = (lane, killed, runtime) {
+            if self.core_is_taken(worker) {
+                return self.wait_for_core(worker, key, load);
+            }
             let exchange = load.exchange.clone();
-            match self.runners.lend(&self.this, worker.id, home, load) {
+            let lender = self.lender(worker.id);
+            match self.runners.lend(&self.this, lender, runtime, load) {
                 Ok(ticket) => {
-                    self.lent(
-                        worker,
-                        Loan {
-                            key,
-                            ticket,
-                            exchange,
-                        },
-                    );
-                    return Ran::Lent;
+                    if let Some(job) = lock(&self.inner).jobs.get_mut(key) {
+                        job.ticket = Some(ticket.clone());
+                    }
+                    return self.lent(worker, key, ticket, exchange, now);
                 }
                 Err(untaken) => load = untaken,
             }
         }
-        let slice = poll_once(load.work, load.killed, load.waker, &load.exchange);
+        let exchange = load.exchange;
+        let slice = poll_once(load.work, load.killed, load.waker.into(), &exchange);
         let (at, used) = worker.watch.lap();
-        self.end_slice(
-            worker.id,
-            key,
-            (slice, used),
-            (Lane::Worker, used),
-            &load.exchange,
-            at,
-        );
-        Ran::Ended { at }
+        let end = self.end_slice(worker.id, key, slice, used, &exchange, at);
+        let ending = match end {
+            SliceEnd::Preempted => Ending::Preempted {
+                quantum: exchange.quantum,
+            },
+            _ => Ending::OfItself,
+        };
+        let pace = &exchange.service.stats.pace;
+        pace.slice(Lane::Worker, used, ending);
+        Ran::Ended { at, end }
     }
 
-    /// Notes that the core is lent. The worker itself is free for its connections.
-    fn lent(&self, worker: &mut WorkerState, loan: Loan) {
-        let slot = &self.workers[worker.id.index()];
-        slot.in_slice.store(false, Ordering::Relaxed);
-        if let Some(job) = lock(&self.inner).jobs.get_mut(loan.key) {
-            job.ticket = Some(loan.ticket.clone());
-        }
-        worker.lent = Some(loan);
+    /// Whether a runner is in the middle of a slice on this worker's core. Two of them there would
+    /// take it from one another.
+    fn core_is_taken(&self, worker: &mut WorkerState) -> bool {
+        let id = worker.id;
+        worker.runner.take_if(|ticket| !ticket.runs_for(id));
+        worker.runner.is_some()
     }
 
-    /// A job was picked that is on a runner already.
-    fn lend_again(&self, worker: &mut WorkerState, loan: Loan, now: Instant) -> Ran {
-        loan.ticket.lent_by(worker.id);
-        // Asked after that: it ended before, or the runner will wake this worker.
-        if loan.ticket.has_ended() {
-            self.call_in(worker.id, loan, now);
-            return Ran::Ended { at: now };
+    /// The picked slice needs the core that a runner has: it stands in line again when that one has
+    /// ended, or anything else happens.
+    fn wait_for_core(&self, worker: &mut WorkerState, key: JobKey, load: Load) -> Ran {
+        if let Some(job) = lock(&self.inner).jobs.get_mut(key) {
+            load.waker.set(Wakefulness::Queued);
+            job.work = Some(load.work);
         }
-        self.lent(worker, loan);
+        self.free_for_connections(worker);
+        worker.loan = Some(Loan::Waiting);
         Ran::Lent
     }
 
-    /// Charges what a slice on a runner took since it was charged last. Its job ends or parks with
-    /// it if it is over, and stands in line again if not.
-    fn call_in(&self, worker: WorkerId, loan: Loan, now: Instant) {
-        let Loan {
+    /// A job was picked that is on a runner already.
+    fn lend(
+        &self,
+        worker: &mut WorkerState,
+        key: JobKey,
+        ticket: Arc<Ticket>,
+        exchange: Arc<Exchange>,
+        now: Instant,
+    ) -> Ran {
+        if !ticket.runs_for(worker.id) && !ticket.has_ended() && self.core_is_taken(worker) {
+            self.free_for_connections(worker);
+            worker.loan = Some(Loan::Waiting);
+            return Ran::Lent;
+        }
+        ticket.lent_by(self.lender(worker.id));
+        // Asked after that: it has ended, or the runner will wake this worker.
+        if ticket.has_ended() {
+            let end = self.charge_runner(worker.id, key, &ticket, &exchange, now);
+            return Ran::Ended { at: now, end };
+        }
+        self.lent(worker, key, ticket, exchange, now)
+    }
+
+    fn lent(
+        &self,
+        worker: &mut WorkerState,
+        key: JobKey,
+        ticket: Arc<Ticket>,
+        exchange: Arc<Exchange>,
+        since: Instant,
+    ) -> Ran {
+        self.free_for_connections(worker);
+        worker.runner = Some(ticket.clone());
+        worker.loan = Some(Loan::Lent {
             key,
             ticket,
             exchange,
-        } = loan;
-        let (used, ended) = ticket.settle();
-        if let Some(ended) = ended {
-            let whole = (Lane::Runner, ended.taken_ns);
-            self.end_slice(worker, key, (ended.slice, used), whole, &exchange, now);
-            return;
+            since,
+        });
+        Ran::Lent
+    }
+
+    fn free_for_connections(&self, worker: &WorkerState) {
+        let slot = &self.workers[worker.id.index()];
+        slot.in_slice.store(false, Ordering::Relaxed);
+    }
+
+    /// Ends a loan: whoever has waited for its end may be next.
+    fn call_in(&self, worker: WorkerId, loan: Loan, now: Instant) {
+        match loan {
+            Loan::Waiting => self.pause(worker, Nanos::ZERO, now),
+            Loan::Lent {
+                key,
+                ticket,
+                exchange,
+                since,
+            } => {
+                if ticket.has_ended() {
+                    self.charge_runner(worker, key, &ticket, &exchange, now);
+                    return;
+                }
+                let used = ticket.charge();
+                ticket.pause(now.saturating_duration_since(since), used);
+                exchange.charge_cpu(used);
+                self.pause(worker, Nanos::from_nanos(used), now);
+            }
         }
-        ticket.pause();
-        exchange.charge_cpu(used);
-        let (at, used) = (self.nanos(now), Nanos::from_nanos(used));
+    }
+
+    /// Charges the picked slice what it used so far; it is not over.
+    fn pause(&self, worker: WorkerId, used: Nanos, now: Instant) {
+        let at = self.nanos(now);
         // The scheduler knows the worker's slice: it was picked for it and not charged since.
         let charged = lock(&self.inner)
             .sched
             .charge(worker, used, SliceEnd::Paused, at);
         debug_assert!(charged.is_ok(), "{charged:?}");
+    }
+
+    /// A slice on a runner has ended: charges the rest of it. Its job ends or parks with it, or
+    /// stands in line again.
+    fn charge_runner(
+        &self,
+        worker: WorkerId,
+        key: JobKey,
+        ticket: &Ticket,
+        exchange: &Exchange,
+        now: Instant,
+    ) -> SliceEnd {
+        let used = ticket.charge();
+        match ticket.result() {
+            Some(slice) => self.end_slice(worker, key, slice, used, exchange, now),
+            // Not reachable: only the picked job's worker asks for the result, and once.
+            None => {
+                debug_assert!(false, "a slice ended twice");
+                self.pause(worker, Nanos::from_nanos(used), now);
+                SliceEnd::Paused
+            }
+        }
     }
 
     fn pick(&self, worker: WorkerId, now: Instant) -> Picked {
@@ -665,16 +760,16 @@ impl Pool {
 
     /// Charges a slice, decides what becomes of its job, and offers other runnable work to an idle
     /// worker where this one is busy with requests that take longer than a slice. `used` was not
-    /// charged yet; `whole` is where the slice ran and all that it took.
+    /// charged yet.
     fn end_slice(
         &self,
         worker: WorkerId,
         key: JobKey,
-        (slice, used): (Slice, u64),
-        (lane, whole): (Lane, u64),
+        slice: Slice,
+        used: u64,
         exchange: &Exchange,
         now: Instant,
-    ) {
+    ) -> SliceEnd {
         exchange.charge_cpu(used);
         let at = self.nanos(now);
         let mut guard = lock(&self.inner);
@@ -700,16 +795,10 @@ impl Pool {
         if gone.is_some() {
             exchange.finish();
         }
-        let ending = match end {
-            SliceEnd::Preempted => Ending::Preempted {
-                quantum: exchange.quantum,
-            },
-            _ => Ending::OfItself,
-        };
-        exchange.service.stats.pace.slice(lane, whole, ending);
         if end == SliceEnd::Preempted && charged.is_ok_and(|charged| charged.runnable > 1) {
             self.wake_idle(worker);
         }
+        end
     }
 }
 
@@ -726,7 +815,7 @@ struct Next {
 /// Where the work of a job is.
 enum What {
     /// Here.
-    Poll(Work, Waker),
+    Poll(Work, Arc<JobWaker>),
     /// On a runner since an earlier pick.
     OnRunner(Arc<Ticket>),
 }
@@ -734,7 +823,7 @@ enum What {
 /// What became of a picked slice.
 enum Ran {
     /// It is over and charged.
-    Ended { at: Instant },
+    Ended { at: Instant, end: SliceEnd },
     /// A runner has the core for it.
     Lent,
 }
@@ -787,7 +876,7 @@ impl Job {
         let what = match (self.work.take(), &self.ticket) {
             (Some(work), _) => {
                 self.waker.set(Wakefulness::Running);
-                What::Poll(work, Waker::from(self.waker.clone()))
+                What::Poll(work, self.waker.clone())
             }
             (None, Some(ticket)) => What::OnRunner(ticket.clone()),
             (None, None) => return None,

@@ -75,6 +75,11 @@ impl JobWaker {
         self.state.store(to as u8, Ordering::SeqCst);
     }
 
+    /// Whether it was woken while it was polled.
+    pub(super) fn is_woken(&self) -> bool {
+        self.state.load(Ordering::SeqCst) == Wakefulness::Woken as u8
+    }
+
     /// Changes the state only from `from`; says whether it did.
     pub(super) fn change(&self, from: Wakefulness, to: Wakefulness) -> bool {
         self.state

@@ -4,7 +4,9 @@
 //! takes differs a thousandfold between tight loops and page-fault storms. So the quantum of a
 //! request follows what was measured of its service. Where that does not help (one bulk operation
 //! over 64 MiB burns its fuel at once and then takes 20 ms), the service's slices run on a
-//! [runner](super::runners), where the kernel can take the core away from them in the middle.
+//! [runner](super::runners), where the kernel can take the core away from them in the middle. So do
+//! those of a request that has computed for a millisecond, whatever its service: it is in no hurry,
+//! and others are.
 //!
 //! ```text
 //!   new ──▶ on runners, for 16 short slices ──▶ on workers
@@ -18,6 +20,8 @@ use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 const TARGET_NS: u64 = 100_000;
 /// A slice on a worker that takes more than this has kept the core from others.
 const OVERRUN_NS: u64 = 2_000_000;
+/// A request that has used this much CPU time is a long one.
+const LONG_NS: u64 = 1_000_000;
 /// A slice is short up to this.
 const SHORT_NS: u64 = 2 * TARGET_NS;
 /// Bounds of the quantum, in fuel. The least still does more than it costs to begin a slice.
@@ -78,9 +82,9 @@ impl Default for Pace {
 }
 
 impl Pace {
-    /// Where the next slice runs.
-    pub(super) fn lane(&self) -> Lane {
-        if self.owed.load(Ordering::Relaxed) > 0 {
+    /// Where the next slice of a request runs that has used so much CPU time.
+    pub(super) fn lane(&self, used_ns: u64) -> Lane {
+        if used_ns > LONG_NS || self.owed.load(Ordering::Relaxed) > 0 {
             Lane::Runner
         } else {
             Lane::Worker
@@ -133,7 +137,7 @@ mod tests {
     fn proven() -> Pace {
         let pace = Pace::default();
         for _ in 0..PROBATION {
-            assert_eq!(pace.lane(), Lane::Runner);
+            assert_eq!(pace.lane(0), Lane::Runner);
             pace.slice(Lane::Runner, 20_000, Ending::OfItself);
         }
         pace
@@ -141,7 +145,8 @@ mod tests {
 
     #[test]
     fn a_new_service_shows_short_slices_first() {
-        assert_eq!(proven().lane(), Lane::Worker);
+        assert_eq!(proven().lane(0), Lane::Worker);
+        assert_eq!(proven().lane(LONG_NS + 1), Lane::Runner);
     }
 
     #[test]
@@ -150,10 +155,10 @@ mod tests {
         for penalty in [64, 128, 256] {
             pace.slice(Lane::Worker, OVERRUN_NS + 1, Ending::OfItself);
             for _ in 0..penalty {
-                assert_eq!(pace.lane(), Lane::Runner);
+                assert_eq!(pace.lane(0), Lane::Runner);
                 pace.slice(Lane::Runner, 1, Ending::OfItself);
             }
-            assert_eq!(pace.lane(), Lane::Worker);
+            assert_eq!(pace.lane(0), Lane::Worker);
         }
         for _ in 0..30 {
             pace.slice(Lane::Worker, OVERRUN_NS + 1, Ending::OfItself);
@@ -166,7 +171,7 @@ mod tests {
         let pace = Pace::default();
         for _ in 0..100_000 {
             pace.slice(Lane::Runner, 30_000_000, Ending::OfItself);
-            assert_eq!(pace.lane(), Lane::Runner);
+            assert_eq!(pace.lane(0), Lane::Runner);
         }
     }
 

@@ -14,7 +14,6 @@ use tokio::runtime::LocalOptions;
 use tokio::sync::watch;
 
 use super::Pool;
-use super::clock;
 use super::dispatcher::{self, After};
 use crate::ingress::Ingress;
 
@@ -96,8 +95,8 @@ pub fn start(
     std::thread::Builder::new()
         .name(format!("insula-worker-{index}"))
         .spawn(move || {
-            pin_to_core(usize::from(index));
-            clock::ask_for_short_turns();
+            let core = pin_to_core(usize::from(index));
+            pool.pinned(WorkerId::new(index), core);
             if let Err(error) = work(index, listener, &pool, ingress, phase) {
                 tracing::error!(%error, index, "a worker has no runtime");
             }
@@ -130,23 +129,23 @@ fn work(
     Ok(())
 }
 
-/// Pins the calling thread to the `index`-th core that this process may use. A refusal costs
-/// speed, nothing else.
-fn pin_to_core(index: usize) {
+/// Pins the calling thread to the `index`-th core that this process may use, and says which that is.
+/// A refusal costs speed, nothing else.
+fn pin_to_core(index: usize) -> Option<usize> {
     use rustix::thread::{CpuSet, sched_getaffinity, sched_setaffinity};
-    let Ok(allowed) = sched_getaffinity(None) else {
-        return;
-    };
+    let allowed = sched_getaffinity(None).ok()?;
     let cores: Vec<usize> = (0..CpuSet::MAX_CPU)
         .filter(|core| allowed.is_set(*core))
         .collect();
-    if cores.is_empty() {
-        return;
-    }
+    let core = *cores.get(index.checked_rem(cores.len())?)?;
     let mut only = CpuSet::new();
-    only.set(cores[index % cores.len()]);
-    if let Err(error) = sched_setaffinity(None, &only) {
-        tracing::debug!(%error, index, "cannot pin a worker to its core");
+    only.set(core);
+    match sched_setaffinity(None, &only) {
+        Ok(()) => Some(core),
+        Err(error) => {
+            tracing::debug!(%error, index, "cannot pin a worker to its core");
+            None
+        }
     }
 }
 
