@@ -25,8 +25,13 @@ mod config_space;
 mod device;
 mod interrupt;
 pub mod queue;
+pub mod rng;
 mod status;
+#[cfg(test)]
+pub(crate) mod testing;
 mod transport;
+#[cfg(test)]
+mod transport_tests;
 mod worker;
 
 pub use config_space::ConfigSpace;
