@@ -5,7 +5,10 @@ use std::sync::{Arc, Condvar, Mutex};
 use std::time::{Duration, Instant};
 
 /// An emulated processor that emulates a processor takes its time.
-pub(crate) const PATIENCE: Duration = Duration::from_secs(240);
+pub(crate) const PATIENCE: Duration = Duration::from_secs(100);
+
+/// How often a wait looks again though nothing was printed.
+const LOOK_AGAIN: Duration = Duration::from_secs(1);
 
 /// What the guest printed so far.
 #[derive(Clone, Default)]
@@ -57,8 +60,9 @@ impl Screen {
                 left > Duration::ZERO,
                 "no {what} in time; the console says:\n{now}"
             );
+            // Not all of it at once: a guest that is over prints nothing more, and `found` sees it.
             text = printed
-                .wait_timeout(text, left)
+                .wait_timeout(text, left.min(LOOK_AGAIN))
                 .expect("nobody panics here")
                 .0;
         }

@@ -20,10 +20,11 @@ const HOST_MODULES: [&str; 3] = [
     "arch/x86/kvm/kvm-amd",
 ];
 
-/// What the inner guest needs to find its devices.
+/// What the inner guest needs to find its devices, in the order in which they are loaded: the bus
+/// uses symbols of the ring.
 const GUEST_MODULES: [&str; 5] = [
-    "drivers/virtio/virtio",
     "drivers/virtio/virtio_ring",
+    "drivers/virtio/virtio",
     "drivers/virtio/virtio_mmio",
     "drivers/block/virtio_blk",
     "drivers/char/hw_random/virtio-rng",
