@@ -9,6 +9,7 @@
 //! * [`guests`]: the samples, built
 //! * [`bench`]: what it costs, beside what others cost
 //! * [`tools`]: programs of others that tests use
+//! * [`vm_test`]: machines under real KVM, in an emulator
 #![forbid(unsafe_code)]
 
 mod bench;
@@ -18,6 +19,7 @@ mod guests;
 mod licences;
 mod repository;
 mod tools;
+mod vm_test;
 
 use std::io::Write;
 use std::process::ExitCode;
@@ -34,6 +36,7 @@ usage: cargo xtask VERB
   ci           the same as test
   guests       build all samples into target/guests
   tools        fetch the programs of others that tests use into target/tools
+  vm-test      boot machines with Debian's own kernel under real KVM, emulated where there is none
   lint         rustfmt and clippy
   deps         which crate may use which
   deny         licences, sources and advisories of what we depend on
@@ -84,6 +87,7 @@ fn run(verb: &str, rest: Vec<String>) -> Result<ExitCode> {
             bench::run(&Repository::find()?, what, arguments)?;
             return Ok(ExitCode::SUCCESS);
         }
+        "vm-test" if takes_more => return vm_test::run(&Repository::find()?),
         "" | "help" | "-h" | "--help" => {
             say(USAGE.trim_end());
             return Ok(ExitCode::SUCCESS);
