@@ -11,9 +11,7 @@ use insula_scheduler::{
     SliceEnd, TenantId, WorkerId,
 };
 
-use crate::model_parts::{
-    CREDIT_QUANTA, DEBT_QUANTA, FRESH_RUN, Lane, RefSlice, RefTenant, Stand, Tag,
-};
+use crate::model_parts::{CREDIT_QUANTA, DEBT_QUANTA, FRESH_RUN, RefSlice, RefTenant, Stand, Tag};
 
 /// The real scheduler and the reference, driven together.
 #[derive(Clone, Debug)]

@@ -142,7 +142,12 @@ impl Emulator {
     fn start(kernel: &Path, image: &Path) -> Result<Self> {
         let mut command = Command::new("qemu-system-x86_64");
         command
-            .args(["-accel", "tcg,thread=multi", "-cpu", "qemu64,+svm,+npt,+rdrand"])
+            .args([
+                "-accel",
+                "tcg,thread=multi",
+                "-cpu",
+                "qemu64,+svm,+npt,+rdrand",
+            ])
             .args(["-m", "2048", "-smp", "2", "-nographic", "-no-reboot"])
             .args(["-nodefaults", "-serial", "stdio"])
             .arg("-kernel")
