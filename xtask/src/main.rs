@@ -7,7 +7,7 @@
 //! * [`deps`]: which crate may use which, and which words may stand where
 //! * [`licences`]: what we stand on, and under which terms
 //! * [`guests`]: the samples, built
-//! * [`bench`]: what it costs, beside what others cost
+//! * [`mod@bench`]: what it costs, beside what others cost
 //! * [`tools`]: programs of others that tests use
 //! * [`vm_test`]: machines under real KVM, in an emulator
 #![forbid(unsafe_code)]
