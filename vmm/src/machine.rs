@@ -175,6 +175,7 @@ impl Machine {
         let vm = VirtualMachine::new(hypervisor, memory::create(size)?)?;
         let entry = boot::load(vm.memory(), size, &mut source)?;
         boot::write_tables(vm.memory())?;
+        boot::write_reset_vector(vm.memory())?;
         acpi::write(vm.memory(), vcpus, devices.len())?;
 
         let ending = Arc::new(Ending::new().map_err(BuildError::Console)?);

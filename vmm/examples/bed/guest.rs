@@ -20,7 +20,7 @@ use crate::console::{PATIENCE, Screen};
 
 /// Where the test bed puts its files.
 pub(crate) const FILES: &str = "/bed";
-const COMMAND_LINE: &str = "console=ttyS0 quiet panic=-1";
+const COMMAND_LINE: &str = "console=ttyS0 quiet panic=-1 pci=off";
 const MEMORY: Bytes = Bytes::mib(192);
 
 pub(crate) fn file(name: &str) -> File {
@@ -106,6 +106,14 @@ impl Guest {
     pub(crate) fn end_by(mut self, command: &str) -> ExitReason {
         self.type_line(command);
         let reason = self.machine.wait(Some(Instant::now() + PATIENCE));
-        reason.unwrap_or_else(|| panic!("it did not end by `{command}`:\n{}", self.screen.since(0)))
+        reason.unwrap_or_else(|| {
+            let before = self.machine.statistics().exits;
+            let pause = self.machine.pause();
+            let after = self.machine.statistics().exits;
+            panic!(
+                "it did not end by `{command}` (exits {before:?}, {after:?}, pause {pause:?}):\n{}",
+                self.screen.since(0)
+            )
+        })
     }
 }

@@ -15,11 +15,13 @@ mod images;
 mod memory_map;
 mod pvh;
 mod registers;
+mod reset_vector;
 mod zero_page;
 
 pub use command_line::{CommandLine, CommandLineError};
 pub use flat::{FlatCode, ProcessorMode};
 pub(crate) use registers::{first_registers, write_tables};
+pub(crate) use reset_vector::write_reset_vector;
 
 use std::fs::File;
 use std::io;

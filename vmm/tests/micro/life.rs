@@ -38,7 +38,7 @@ fn output_arrives_and_power_goes_off() {
 }
 
 #[test]
-fn both_ways_to_reboot() {
+fn every_way_to_reboot() {
     let Some(hypervisor) = hypervisor() else {
         return;
     };
@@ -48,6 +48,12 @@ fn both_ways_to_reboot() {
     assert_eq!(
         keyboard.run(&hypervisor),
         ExitReason::Reboot(RebootBy::Keyboard)
+    );
+    // jmp 0xf000:0xfff0
+    let firmware = Guest::real(&[0xea, 0xf0, 0xff, 0x00, 0xf0]);
+    assert_eq!(
+        firmware.run(&hypervisor),
+        ExitReason::Reboot(RebootBy::Acpi)
     );
 }
 
