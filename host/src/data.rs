@@ -34,11 +34,12 @@ use crate::ingress::Ingress;
 use crate::ingress::logs::{LogHub, ServiceLog};
 use crate::ingress::routes::RouteTable;
 use crate::messages::{
-    ActiveVersion, Collected, Command, FromData, Refusal, ServiceIntent, ToData,
+    Collected, Command, FromData, IntendedVersion, Refusal, ServiceIntent, ToData,
 };
 use crate::pool::Pool;
 use crate::pool::clock::process_cpu_ns;
-use crate::pool::entries::{Active, ServiceEntry, ServiceStats, TenantEntry};
+use crate::pool::entries::{ServiceEntry, ServiceStats, TenantEntry};
+use crate::pool::versions::{Active, Versions};
 use crate::pool::worker::{self, Phase, WorkerError};
 
 /// What the data plane is started with.
@@ -302,7 +303,7 @@ impl Desk {
         let used: std::collections::HashSet<Digest> = self
             .services
             .values()
-            .filter_map(|service| service.entry.active.as_ref().map(|active| active.digest))
+            .flat_map(|service| service.entry.versions.ready().map(|version| version.digest))
             .collect();
         self.programs.retain(|digest, _| used.contains(digest));
     }
@@ -350,10 +351,19 @@ impl Desk {
     fn set_service(&mut self, intent: ServiceIntent) -> Result<(), Refusal> {
         let tenant = self.tenants.get(&intent.tenant);
         let tenant = Arc::clone(&tenant.ok_or(Refusal::UnknownTenant(intent.tenant))?.entry);
-        let active = match intent.active {
-            Some(version) => Some(self.activate(version)?),
-            None => None,
-        };
+        let mut ready = Vec::with_capacity(intent.versions.len());
+        for version in intent.versions {
+            let number = version.number;
+            match self.load(version) {
+                Ok(version) => ready.push((number, version)),
+                // Nobody but its author, by its preview name, would have met it.
+                Err(refusal) if intent.traffic.share(number).unwrap_or(0) == 0 => {
+                    tracing::warn!(service = %intent.id, version = %number, %refusal, "no preview");
+                }
+                Err(refusal) => return Err(refusal),
+            }
+        }
+        let sticky = intent.spec.sticky_header.as_ref();
         let stats = match self.services.get(&intent.id) {
             Some(service) => Arc::clone(&service.entry.stats),
             None => {
@@ -369,7 +379,9 @@ impl Desk {
             limits: intent.spec.limits.min(self.config.ceiling),
             env: intent.spec.env.into_iter().collect(),
             usage_header: intent.spec.usage_header,
-            active,
+            versions: Versions::new(ready, &intent.traffic),
+            // A sticky header's name is a token by its type, which is all that this asks.
+            sticky_header: sticky.and_then(|name| name.as_str().parse().ok()),
             stats,
         };
         let service = Service {
@@ -380,7 +392,7 @@ impl Desk {
         Ok(())
     }
 
-    fn activate(&mut self, version: ActiveVersion) -> Result<Active, Refusal> {
+    fn load(&mut self, version: IntendedVersion) -> Result<Active, Refusal> {
         let digest = version.digest;
         let program = match (self.programs.get(&digest), version.artefact) {
             (Some(program), _) => program.clone(),

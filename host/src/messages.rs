@@ -22,7 +22,9 @@ use std::net::SocketAddr;
 use std::time::SystemTime;
 
 use insula_types::spec::{ServiceSpec, TenantSpec};
-use insula_types::{Digest, Outcome, ServiceId, ServiceName, TenantId, TenantName, VersionNumber};
+use insula_types::{
+    Digest, Outcome, ServiceId, ServiceName, TenantId, TenantName, Traffic, VersionNumber,
+};
 
 /// Commands that wait in the channel, at most.
 pub const COMMAND_QUEUE: usize = 64;
@@ -79,13 +81,17 @@ pub struct ServiceIntent {
     pub name: ServiceName,
     /// Limits, environment, routes.
     pub spec: ServiceSpec,
-    /// The version that serves; `None` before the first activation.
-    pub active: Option<ActiveVersion>,
+    /// Which versions serve, and how much.
+    pub traffic: Traffic,
+    /// Versions to keep ready: all that `traffic` lists, and some that answer under their preview
+    /// names only. The service is refused when one with a share cannot be loaded; others are left
+    /// out.
+    pub versions: Vec<IntendedVersion>,
 }
 
-/// A version that serves.
+/// A version to keep ready.
 #[derive(Debug)]
-pub struct ActiveVersion {
+pub struct IntendedVersion {
     /// Its number.
     pub number: VersionNumber,
     /// The digest of the uploaded component.

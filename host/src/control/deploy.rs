@@ -13,7 +13,7 @@
 
 use std::rc::Rc;
 
-use insula_types::{Digest, ServiceId, TenantId, VersionNumber};
+use insula_types::{Digest, ServiceId, TenantId, Traffic, VersionNumber};
 
 use super::Control;
 use super::compile::{CompileJob, Compiled, Ticket};
@@ -21,9 +21,9 @@ use super::http_types::{Call, next_chunk, too_large};
 use super::link::LinkError;
 use super::problem::{Code, Problem};
 use crate::config::COMPONENT_MAX;
-use crate::messages::{ActiveVersion, Refusal, ServiceIntent, ToData};
+use crate::messages::{IntendedVersion, Refusal, ServiceIntent, ToData};
 use crate::state::blobs::{Kind, Unplaced};
-use crate::state::{Active, AddedVersion, NewVersion, Service, Timestamp, Worker};
+use crate::state::{AddedVersion, Held, NewVersion, Service, Timestamp, Worker};
 
 /// Longest time for a whole upload: 64 MiB at 1 Mbit/s.
 const UPLOAD_TOTAL: std::time::Duration = std::time::Duration::from_secs(600);
@@ -179,6 +179,9 @@ pub(crate) async fn commit(
         control
             .events
             .service("version.activated", &added.service, Some(number));
+    } else if let Err(error) = apply_service(control, &added.service).await {
+        // It is stored, and nothing that serves has changed: only its preview is missing.
+        tracing::warn!(service = %service, %error, "a version has no preview");
     }
     Ok(Deployed {
         added,
@@ -186,37 +189,46 @@ pub(crate) async fn commit(
     })
 }
 
-/// Makes another version of a service the active one.
-pub(crate) async fn activate(
+/// Divides a service's traffic among its versions.
+pub(crate) async fn switch(
     control: &Rc<Control>,
     service: &Service,
-    number: VersionNumber,
+    traffic: Traffic,
 ) -> Result<Service, Problem> {
     let id = service.id;
-    let version = control
-        .store(move |store| store.version(id, number))
-        .await?;
-    ensure_artefact(control, service.tenant, version.digest).await?;
+    for (number, _) in traffic.shares() {
+        let found = control.store(move |store| store.version(id, number)).await;
+        let version = found.map_err(|problem| unknown_version(problem, number))?;
+        ensure_artefact(control, service.tenant, version.digest).await?;
+    }
     let _mutation = control.mutation.lock().await;
-    let (tenant, name) = (service.tenant_name.clone(), service.name.clone());
-    let changed = control.store(move |store| {
-        let before = store.service(&tenant, &name)?;
-        let old = before.active.map(|active| active.number);
-        if old == Some(number) {
-            return Ok((before.clone(), before));
-        }
-        let after = store.set_active(before.id, Some(number), old)?;
-        Ok((before, after))
-    });
-    let (before, after) = changed.await?;
-    bring_into_effect(control, &before, &after).await?;
+    let switched = control
+        .store(move |store| store.set_traffic(id, &traffic))
+        .await?;
+    bring_into_effect(control, &switched.before, &switched.service).await?;
+    let after = switched.service;
+    let kind = match after.traffic.settled() {
+        Some(_) => "version.activated",
+        None => "traffic.split",
+    };
     control
         .events
-        .service("version.activated", &after, Some(number));
+        .service(kind, &after, after.traffic.leading());
     Ok(after)
 }
 
-/// Tells data about a service whose active version changed; takes the change back when data
+/// A version in a document that is not there is a mistake in the document.
+fn unknown_version(problem: Problem, number: VersionNumber) -> Problem {
+    match problem.code() {
+        Code::NotFound => Problem::new(
+            Code::UnknownVersion,
+            format_args!("there is no version {number}"),
+        ),
+        _ => problem,
+    }
+}
+
+/// Tells data about a service whose traffic changed; takes the change back when data
 /// refuses it. The mutation lock is held.
 async fn bring_into_effect(
     control: &Control,
@@ -230,14 +242,13 @@ async fn bring_into_effect(
         return Err(error.into());
     };
     tracing::error!(service = %service.id, %refusal, "data refused a version");
-    let (id, previous) = (service.id, before.previous);
-    let active = before.active.map(|active| active.number);
+    let before = before.clone();
     control
-        .store(move |store| store.set_active(id, active, previous))
+        .store(move |store| store.restore_traffic(&before))
         .await?;
     Err(Problem::new(
         Code::NotActivated,
-        format_args!("the version that served before still does: {refusal}"),
+        format_args!("what served before still does: {refusal}"),
     ))
 }
 
@@ -259,34 +270,42 @@ impl From<ApplyError> for Problem {
     }
 }
 
-/// Tells data about a service, with its artefact.
+/// Tells data about a service, with the artefacts of the versions that it keeps ready. An artefact
+/// that is missing matters where its version has a share.
 pub(crate) async fn apply_service(control: &Control, service: &Service) -> Result<(), ApplyError> {
-    let active = match service.active {
-        None => None,
-        Some(Active { number, digest }) => {
-            let found = control
-                .files
-                .run(move |files| files.find(Kind::Artefact, &digest))
-                .await;
-            let artefact = found
-                .map_err(|error| ApplyError::Files(error.into()))?
-                .map_err(|error| ApplyError::Files(error.into()))?;
-            if artefact.is_none() {
+    let held = service.held.clone();
+    let opened = control.files.run(move |files| {
+        let open = |held: &Held| files.find(Kind::Artefact, &held.digest);
+        held.iter()
+            .map(|held| open(held).map(|artefact| (*held, artefact)))
+            .collect::<std::io::Result<Vec<_>>>()
+    });
+    let opened = opened
+        .await
+        .map_err(|error| ApplyError::Files(error.into()))?
+        .map_err(|error| ApplyError::Files(error.into()))?;
+    let mut versions = Vec::with_capacity(opened.len());
+    for (Held { number, digest }, artefact) in opened {
+        let serves = service.traffic.share(number).unwrap_or(0) > 0;
+        match artefact {
+            None if serves => {
                 return Err(LinkError::Refused(Refusal::ArtefactMissing(digest)).into());
             }
-            Some(ActiveVersion {
+            None => {}
+            artefact => versions.push(IntendedVersion {
                 number,
                 digest,
                 artefact,
-            })
+            }),
         }
-    };
+    }
     let intent = ServiceIntent {
         id: service.id,
         tenant: service.tenant,
         name: service.name.clone(),
         spec: service.spec.clone(),
-        active,
+        traffic: service.traffic.clone(),
+        versions,
     };
     Ok(control
         .link

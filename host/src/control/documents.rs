@@ -1,6 +1,6 @@
 //! Records as the API shows them: the canonical spec, flat, and what only the host knows.
 
-use insula_types::Outcome;
+use insula_types::{Outcome, VersionNumber};
 use serde_json::{Map, Value, json};
 
 use super::Control;
@@ -16,6 +16,7 @@ pub(super) const SERVICE_READ_ONLY: &[&str] = &[
     "url",
     "active_version",
     "previous_version",
+    "traffic",
 ];
 
 fn with_spec(head: Value, spec: &impl serde::Serialize, tail: Value) -> Value {
@@ -42,8 +43,9 @@ pub(super) fn service(control: &Control, service: &Service) -> Value {
         &service.spec,
         json!({
             "url": url(control, service),
-            "active_version": service.active.map(|active| active.number),
+            "active_version": service.traffic.leading(),
             "previous_version": service.previous,
+            "traffic": service.traffic,
             "generation": service.generation,
             "created_at": service.created,
         }),
@@ -52,8 +54,17 @@ pub(super) fn service(control: &Control, service: &Service) -> Value {
 
 /// Where a service answers.
 pub(super) fn url(control: &Control, service: &Service) -> String {
+    url_of(control, service, "")
+}
+
+/// Where one version of it answers, whatever its share, as long as it is kept ready.
+pub(super) fn preview_url(control: &Control, service: &Service, number: VersionNumber) -> String {
+    url_of(control, service, &format!("v{number}."))
+}
+
+fn url_of(control: &Control, service: &Service, prefix: &str) -> String {
     let host = format!(
-        "{}.{}.{}",
+        "{prefix}{}.{}.{}",
         service.name, service.tenant_name, control.config.domain
     );
     match control.ingress.get().map(|ingress| ingress.port()) {
@@ -62,7 +73,9 @@ pub(super) fn url(control: &Control, service: &Service) -> String {
     }
 }
 
-pub(super) fn version(service: &Service, version: &Version) -> Value {
+pub(super) fn version(control: &Control, service: &Service, version: &Version) -> Value {
+    let percent = service.traffic.share(version.number).unwrap_or(0);
+    let ready = service.held(version.number).is_some();
     json!({
         "name": version.number.to_string(),
         "version": version.number,
@@ -70,7 +83,9 @@ pub(super) fn version(service: &Service, version: &Version) -> Value {
         "size_bytes": version.size,
         "compile_ms": version.compile_ms,
         "created_at": version.created,
-        "active": service.active.is_some_and(|active| active.number == version.number),
+        "active": percent > 0,
+        "percent": percent,
+        "preview_url": ready.then(|| preview_url(control, service, version.number)),
     })
 }
 

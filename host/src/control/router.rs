@@ -120,10 +120,10 @@ pub(super) static ROUTES: &[Route] = routes! {
         Wasm => Created("Deployed");
     PUT "/v1/tenants/{tenant}/services/{service}/traffic" Need::Tenant(Write),
         "putTraffic" = versions::traffic,
-        "Choose the version that serves", [], Body("Traffic") => Json("Traffic");
+        "Divide the traffic among versions", [], Body("Traffic") => Json("Traffic");
     POST "/v1/tenants/{tenant}/services/{service}/rollback" Need::Tenant(Write),
         "rollback" = versions::rollback,
-        "Go back to the version that served before", [], Nothing => Json("Service");
+        "Give all traffic to the version that had it before", [], Nothing => Json("Service");
     GET "/v1/tenants/{tenant}/services/{service}/logs" Need::Tenant(Read),
         "getLogs" = streams::logs,
         "The last lines of a service's log, and with follow those to come", ["follow", "tail"],

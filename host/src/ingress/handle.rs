@@ -26,8 +26,9 @@ use super::routes::canonical_host;
 use crate::engine::run::{Grant, Head, Invocation, ResponseBody, Verdict, run};
 use crate::engine::{GuestLog, Program};
 use crate::pool::dispatcher::Shed;
-use crate::pool::entries::{Active, ServiceEntry};
+use crate::pool::entries::ServiceEntry;
 use crate::pool::exchange::{Answer, Exchange, Waiting};
+use crate::pool::versions::Active;
 
 /// A body that is complete by now and no longer than this goes out in one piece.
 const WHOLE_MAX_BYTES: usize = 64 << 10;
@@ -67,12 +68,14 @@ pub(super) async fn handle(
         }
     };
     let routes = ingress.routes.load();
-    let Some(service) = routes.find(&host, request.uri().path()).cloned() else {
+    let Some(found) = routes.find(&host, request.uri().path()) else {
         ingress.metrics.unrouted().request_ended(Outcome::NotFound);
         return own(problem::problem(Outcome::NotFound, &request_id));
     };
+    let (service, preview) = (Arc::clone(found.service), found.preview);
     drop(routes);
-    let Some(active) = service.active.clone() else {
+    let active = service.version_for(preview, request.headers(), &request_id);
+    let Some(active) = active.cloned() else {
         return refuse(&service, Outcome::NotFound, began, &request_id);
     };
     if declared_length(&request) > service.limits.request_body.get() {
@@ -80,7 +83,7 @@ pub(super) async fn handle(
         return own(too_large(&service, &request_id));
     }
     let wants_body = *request.method() != Method::HEAD;
-    let (exchange, waiting) = Exchange::new(Arc::clone(&service), request_id, began);
+    let (exchange, waiting) = Exchange::new(Arc::clone(&service), active.number, request_id, began);
     exchange
         .bytes_in
         .store(headers::head_bytes(request.headers()), Ordering::Relaxed);

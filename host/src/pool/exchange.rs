@@ -8,7 +8,7 @@ use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
-use insula_types::Outcome;
+use insula_types::{Outcome, VersionNumber};
 use tokio::sync::oneshot;
 
 use super::entries::ServiceEntry;
@@ -50,6 +50,8 @@ pub enum Answer {
 pub struct Exchange {
     /// Whose request it is.
     pub service: Arc<ServiceEntry>,
+    /// Which of its versions runs.
+    pub version: VersionNumber,
     /// For logs and headers.
     pub request_id: String,
     /// What the instance used; complete once its future is gone.
@@ -81,6 +83,7 @@ impl Exchange {
     #[must_use]
     pub fn new(
         service: Arc<ServiceEntry>,
+        version: VersionNumber,
         request_id: String,
         began: Instant,
     ) -> (Arc<Self>, Waiting) {
@@ -88,6 +91,7 @@ impl Exchange {
         let (done_sender, done) = oneshot::channel();
         let exchange = Self {
             service,
+            version,
             request_id,
             ledger: Arc::default(),
             cpu_ns: AtomicU64::new(0),
@@ -150,16 +154,12 @@ impl Exchange {
     /// The `insula-usage` value. Final once [`Waiting::done`] is closed.
     #[must_use]
     pub fn usage(&self) -> String {
-        let version = self
-            .service
-            .active
-            .as_ref()
-            .map_or(0, |active| active.number.get());
         format!(
-            "fuel={};cpu_us={};memory_peak={};version={version}",
+            "fuel={};cpu_us={};memory_peak={};version={}",
             self.ledger.fuel.load(Ordering::Relaxed),
             self.cpu_ns.load(Ordering::Relaxed) / 1000,
             self.ledger.memory_peak.load(Ordering::Relaxed),
+            self.version,
         )
     }
 

@@ -28,6 +28,7 @@ pub mod dispatcher;
 pub mod entries;
 pub mod exchange;
 pub mod jobs;
+pub mod versions;
 pub mod worker;
 
 pub use dispatcher::Pool;

@@ -20,7 +20,8 @@
 use std::collections::HashSet;
 
 use insula_types::{
-    Digest, ServiceId, ServiceName, ServiceSpec, TenantId, TenantName, TenantSpec, VersionNumber,
+    Digest, ServiceId, ServiceName, ServiceSpec, TenantId, TenantName, TenantSpec, Traffic,
+    VersionNumber,
 };
 
 pub mod blobs;
@@ -36,8 +37,8 @@ pub mod worker;
 pub use blobs::Blobs;
 pub use dir::DataDir;
 pub use records::{
-    Access, Active, AddedVersion, Commitments, Deleted, Listed, NewToken, NewVersion, Page, Put,
-    Remembered, Scope, Service, StoredUsage, Tenant, Token, TokenHash, Version,
+    Access, AddedVersion, Commitments, Deleted, Held, Listed, NewToken, NewVersion, Page, Put,
+    Remembered, Scope, Service, StoredUsage, Switched, Tenant, Token, TokenHash, Version,
 };
 pub use sqlite::SqliteStore;
 pub use time::Timestamp;
@@ -196,7 +197,7 @@ pub trait Store: Send {
     /// One version.
     fn version(&mut self, service: ServiceId, number: VersionNumber)
     -> Result<Version, StoreError>;
-    /// Adds a version (its number is chosen here); with `activate` it becomes the active one.
+    /// Adds a version (its number is chosen here); with `activate` it gets all traffic.
     fn add_version(
         &mut self,
         service: ServiceId,
@@ -204,13 +205,15 @@ pub trait Store: Send {
         activate: bool,
         now: Timestamp,
     ) -> Result<AddedVersion, StoreError>;
-    /// Sets which version serves and which one served before.
-    fn set_active(
+    /// Sets which versions serve, and with that what a rollback goes back to
+    /// ([`Traffic::previous_after`]).
+    fn set_traffic(
         &mut self,
         service: ServiceId,
-        active: Option<VersionNumber>,
-        previous: Option<VersionNumber>,
-    ) -> Result<Service, StoreError>;
+        traffic: &Traffic,
+    ) -> Result<Switched, StoreError>;
+    /// Takes a change of traffic back: both as they were in `before`.
+    fn restore_traffic(&mut self, before: &Service) -> Result<Service, StoreError>;
     /// The digests of all versions.
     fn digests(&mut self) -> Result<HashSet<Digest>, StoreError>;
 

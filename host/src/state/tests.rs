@@ -60,6 +60,10 @@ fn upload(content: u8) -> NewVersion {
     }
 }
 
+fn whole(version: u32) -> Traffic {
+    Traffic::whole(VersionNumber::new(version).unwrap())
+}
+
 const ALL: Page = Page {
     after: None,
     limit: 500,
@@ -109,7 +113,7 @@ fn a_restart_gives_the_same_content() {
         store.service(&name("a"), &name("web")).unwrap(),
         added.service
     );
-    assert_eq!(added.service.active.unwrap().number.get(), 2);
+    assert_eq!(added.service.traffic, whole(2));
     assert_eq!(added.service.previous.unwrap().get(), 1);
     assert_eq!(store.versions(service.id, &ALL).unwrap().items.len(), 2);
     assert_eq!(store.token_by_hash(&[9; 32]).unwrap(), Some(token));
@@ -296,7 +300,7 @@ fn old_versions_make_room_but_not_those_in_use() {
         [upload(0).digest],
         "version 2, the oldest that is not active"
     );
-    assert_eq!(added.service.active.unwrap().number.get(), 1);
+    assert_eq!(added.service.traffic, whole(1));
     assert_eq!(u64::from(added.version.number.get()), VERSIONS_KEPT + 2);
     let page = Page {
         after: None,
@@ -380,4 +384,69 @@ fn answers_are_remembered_for_a_day() {
     assert_eq!(store.remembered(&[1; 32], now()).unwrap(), Some(answer));
     let tomorrow = now().after(REMEMBERED_FOR);
     assert_eq!(store.remembered(&[1; 32], tomorrow).unwrap(), None);
+}
+
+#[test]
+fn traffic_is_split_among_versions_that_there_are() {
+    let path = tempfile::tempdir().unwrap();
+    let (data, mut store) = open(path.path());
+    put_tenant(&mut store, "a", "{}").unwrap();
+    let service = put_service(&mut store, "a", "web", "{}").unwrap().id;
+    for content in 1..=4 {
+        let activate = content == 1;
+        store
+            .add_version(service, &upload(content), activate, now())
+            .unwrap();
+    }
+    let read = |text: &str| serde_json::from_str::<Traffic>(text).unwrap();
+    let split = read(r#"{"1":90,"2":10,"3":0}"#);
+    let switched = store.set_traffic(service, &split).unwrap();
+    assert_eq!(switched.before.traffic, whole(1));
+    assert_eq!(switched.service.previous, VersionNumber::new(1));
+    let unknown = store.set_traffic(service, &read(r#"{"1":90,"9":10}"#));
+    assert!(matches!(unknown, Err(StoreError::NotFound("version"))));
+    drop((store, data));
+
+    let (_data, mut store) = open(path.path());
+    let found = store.service(&name("a"), &name("web")).unwrap();
+    assert_eq!(found, switched.service);
+    let held: Vec<u32> = found.held.iter().map(|held| held.number.get()).collect();
+    assert_eq!(held, [1, 2, 3, 4], "what is listed, and the newest");
+    let two = VersionNumber::new(2).unwrap();
+    assert_eq!(found.held(two), Some(upload(2).digest));
+    let restored = store.restore_traffic(&switched.before).unwrap();
+    assert_eq!((restored.traffic, restored.previous), (whole(1), None));
+    let deleted = store.delete_service(&name("a"), &name("web"), Precondition::None);
+    assert_eq!(deleted.unwrap().unreferenced.len(), 4);
+}
+
+#[test]
+fn a_version_with_a_share_is_never_pruned() {
+    let path = tempfile::tempdir().unwrap();
+    let (_data, mut store) = open(path.path());
+    put_tenant(&mut store, "a", "{}").unwrap();
+    let service = put_service(&mut store, "a", "web", "{}").unwrap().id;
+    for _ in 0..3 {
+        store.add_version(service, &upload(1), true, now()).unwrap();
+    }
+    let split = serde_json::from_str(r#"{"1":50,"2":50,"3":0}"#).unwrap();
+    store.set_traffic(service, &split).unwrap();
+    for _ in 0..VERSIONS_KEPT + 5 {
+        store
+            .add_version(service, &upload(2), false, now())
+            .unwrap();
+    }
+    assert_eq!(
+        store.service(&name("a"), &name("web")).unwrap().traffic,
+        split
+    );
+    let versions = store.versions(service, &ALL).unwrap().items;
+    let oldest: Vec<u32> = versions
+        .iter()
+        .rev()
+        .map(|v| v.number.get())
+        .take(4)
+        .collect();
+    assert_eq!(oldest[..3], [1, 2, 3]);
+    assert!(oldest[3] > 4, "{oldest:?}");
 }

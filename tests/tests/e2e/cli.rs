@@ -192,6 +192,11 @@ fn the_verbs_do_what_the_api_does() {
         active(&json_of(&host, &["traffic", "demo/hello", "2=100"])),
         [json!(2)]
     );
+    let split = json_of(&host, &["traffic", "demo/hello", "1=90", "2=10"]);
+    assert_eq!(active(&split), [json!(2), json!(1)]);
+    let service = json_of(&host, &["services", "show", "demo/hello"]);
+    assert_eq!(service["traffic"], json!({"1": 90, "2": 10}));
+    done(&host, &["traffic", "demo/hello", "2=100"]);
 
     let echo = guests::path("echo").display().to_string();
     done(

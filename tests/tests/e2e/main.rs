@@ -15,3 +15,4 @@ mod prometheus;
 mod python;
 mod samples;
 mod streaming;
+mod traffic;

@@ -56,25 +56,35 @@ impl Fake {
             ToData::DropService(id) => format!("drop service {id}"),
             ToData::Open => "open".to_owned(),
             ToData::Drain { deadline } => format!("drain {deadline:?}"),
-            ToData::Service(intent) => match intent.active {
-                None => format!("service {} dark", intent.name),
-                Some(active) => {
-                    if self.refuse.load(Ordering::SeqCst) {
+            ToData::Service(intent) => {
+                let serving = |number| intent.traffic.share(number).unwrap_or(0) > 0;
+                let mut note = format!("service {}", intent.name);
+                if intent.traffic.is_none() {
+                    note.push_str(" dark");
+                }
+                for version in intent.versions {
+                    let shown = match intent.traffic.share(version.number) {
+                        Some(100) => String::new(),
+                        Some(percent) => format!("={percent}"),
+                        None => "=preview".to_owned(),
+                    };
+                    if serving(version.number) && self.refuse.load(Ordering::SeqCst) {
                         let reason = "on purpose".to_owned();
                         result = Err(Refusal::ArtefactRefused {
-                            digest: active.digest,
+                            digest: version.digest,
                             reason,
                         });
                     }
                     let mut artefact = String::new();
-                    active
+                    version
                         .artefact
                         .unwrap()
                         .read_to_string(&mut artefact)
                         .unwrap();
-                    format!("service {} v{} {artefact}", intent.name, active.number)
+                    note.push_str(&format!(" v{}{shown} {artefact}", version.number));
                 }
-            },
+                note
+            }
         };
         self.seen.lock().unwrap().push(note);
         FromData::Done { seq, result }

@@ -7,6 +7,7 @@ mod schema;
 mod services;
 mod tenants;
 mod tokens;
+mod traffic;
 mod usage;
 mod versions;
 
@@ -14,15 +15,16 @@ use std::collections::HashSet;
 use std::str::FromStr;
 
 use insula_types::{
-    Digest, ServiceId, ServiceName, ServiceSpec, TenantId, TenantName, TenantSpec, VersionNumber,
+    Digest, ServiceId, ServiceName, ServiceSpec, TenantId, TenantName, TenantSpec, Traffic,
+    VersionNumber,
 };
 use rusqlite::types::Type;
 use rusqlite::{Connection, OpenFlags, Row, Transaction, TransactionBehavior};
 
 use super::{
     AddedVersion, Commitments, DataDir, Deleted, Listed, NewToken, NewVersion, Page, Precondition,
-    Put, Remembered, Service, Store, StoreError, StoredUsage, Tenant, Timestamp, Token, TokenHash,
-    UsageTotals, Version,
+    Put, Remembered, Service, Store, StoreError, StoredUsage, Switched, Tenant, Timestamp, Token,
+    TokenHash, UsageTotals, Version,
 };
 
 /// The database's file in the data directory.
@@ -252,14 +254,20 @@ impl Store for SqliteStore {
         Ok(added)
     }
 
-    fn set_active(
+    fn set_traffic(
         &mut self,
         service: ServiceId,
-        active: Option<VersionNumber>,
-        previous: Option<VersionNumber>,
-    ) -> Result<Service, StoreError> {
+        traffic: &Traffic,
+    ) -> Result<Switched, StoreError> {
         let write = self.write()?;
-        let service = versions::set_active(&write, service, active, previous)?;
+        let switched = traffic::set(&write, service, traffic)?;
+        write.commit()?;
+        Ok(switched)
+    }
+
+    fn restore_traffic(&mut self, before: &Service) -> Result<Service, StoreError> {
+        let write = self.write()?;
+        let service = traffic::restore(&write, before)?;
         write.commit()?;
         Ok(service)
     }

@@ -5,7 +5,8 @@ use rusqlite::{Connection, TransactionBehavior};
 use super::OpenError;
 
 /// Each is applied once, in order, in a transaction of its own. Never edit one that was released.
-pub(super) const MIGRATIONS: &[&str] = &["
+const MIGRATIONS: &[&str] = &[
+    "
 CREATE TABLE tenants (
     id INTEGER PRIMARY KEY AUTOINCREMENT,
     name TEXT NOT NULL UNIQUE,
@@ -85,7 +86,21 @@ CREATE TABLE remembered (
     created_ms INTEGER NOT NULL
 ) STRICT, WITHOUT ROWID;
 CREATE INDEX remembered_by_age ON remembered (created_ms);
-"];
+",
+    "
+-- Percentages by version, 0 for one that is only kept ready; services.active is not used any more.
+CREATE TABLE traffic (
+    service INTEGER NOT NULL REFERENCES services (id) ON DELETE CASCADE,
+    number INTEGER NOT NULL,
+    percent INTEGER NOT NULL CHECK (percent BETWEEN 0 AND 100),
+    PRIMARY KEY (service, number),
+    FOREIGN KEY (service, number) REFERENCES versions (service, number)
+        DEFERRABLE INITIALLY DEFERRED
+) STRICT, WITHOUT ROWID;
+INSERT INTO traffic SELECT id, active, 100 FROM services WHERE active IS NOT NULL;
+UPDATE services SET active = NULL;
+",
+];
 
 /// Applies what is missing.
 pub(super) fn migrate(connection: &mut Connection) -> Result<(), OpenError> {
