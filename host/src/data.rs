@@ -25,7 +25,7 @@ use std::time::{Duration, Instant};
 
 use insula_metrics::{DataMetrics, Kind};
 use insula_types::spec::{RequestLimits, Route, TenantSpec};
-use insula_types::{Digest, ServiceId, TenantId, TenantName};
+use insula_types::{Digest, ServiceId, TenantId, TenantName, VersionNumber};
 use tokio::sync::{mpsc, watch};
 
 use crate::engine::artefact::ArtefactKey;
@@ -38,6 +38,7 @@ use crate::messages::{
 };
 use crate::pool::Pool;
 use crate::pool::clock::process_cpu_ns;
+use crate::pool::conduct::VersionStats;
 use crate::pool::entries::{ServiceEntry, ServiceStats, TenantEntry};
 use crate::pool::versions::{Active, Versions};
 use crate::pool::worker::{self, Phase, WorkerError};
@@ -354,7 +355,8 @@ impl Desk {
         let mut ready = Vec::with_capacity(intent.versions.len());
         for version in intent.versions {
             let number = version.number;
-            match self.load(version) {
+            let stats = self.conduct(intent.id, number);
+            match self.load(version, stats) {
                 Ok(version) => ready.push((number, version)),
                 // Nobody but its author, by its preview name, would have met it.
                 Err(refusal) if intent.traffic.share(number).unwrap_or(0) == 0 => {
@@ -392,7 +394,18 @@ impl Desk {
         Ok(())
     }
 
-    fn load(&mut self, version: IntendedVersion) -> Result<Active, Refusal> {
+    /// The counters of a version: as before, when it was ready before.
+    fn conduct(&self, service: ServiceId, number: VersionNumber) -> Arc<VersionStats> {
+        let before = self.services.get(&service);
+        let before = before.and_then(|service| service.entry.versions.get(number));
+        before.map_or_else(Arc::default, |version| Arc::clone(&version.stats))
+    }
+
+    fn load(
+        &mut self,
+        version: IntendedVersion,
+        stats: Arc<VersionStats>,
+    ) -> Result<Active, Refusal> {
         let digest = version.digest;
         let program = match (self.programs.get(&digest), version.artefact) {
             (Some(program), _) => program.clone(),
@@ -415,6 +428,7 @@ impl Desk {
             number: version.number,
             digest,
             program,
+            stats,
         })
     }
 
@@ -431,11 +445,18 @@ impl Desk {
             }
         }
         self.metrics.raise_host_cpu_ns_to(self.pool.host_cpu_ns());
-        let services = self.services.values();
+        let mut usage = Vec::new();
+        let mut versions = Vec::new();
+        for service in self.services.values() {
+            // Who used nothing ended nothing.
+            if let Some(used) = service.entry.take_usage() {
+                usage.push(used);
+                versions.extend(service.entry.take_conduct());
+            }
+        }
         Collected {
-            usage: services
-                .filter_map(|service| service.entry.take_usage())
-                .collect(),
+            usage,
+            versions,
             metrics: self.metrics.expose(),
         }
     }

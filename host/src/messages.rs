@@ -26,6 +26,8 @@ use insula_types::{
     Digest, Outcome, ServiceId, ServiceName, TenantId, TenantName, Traffic, VersionNumber,
 };
 
+use crate::pool::conduct::Conduct;
+
 /// Commands that wait in the channel, at most.
 pub const COMMAND_QUEUE: usize = 64;
 /// Reports that wait in the channel, at most; logs beyond that are counted and dropped.
@@ -156,6 +158,8 @@ pub enum Refusal {
 pub struct Collected {
     /// One entry per service that did something.
     pub usage: Vec<UsageDelta>,
+    /// One entry per version that ended requests.
+    pub versions: Vec<VersionDelta>,
     /// The data plane's families, in the Prometheus text format.
     pub metrics: String,
 }
@@ -179,6 +183,17 @@ pub struct UsageDelta {
     pub bytes_in: u64,
     /// Response heads and bodies.
     pub bytes_out: u64,
+}
+
+/// How a version behaved since the last collection.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct VersionDelta {
+    /// The service.
+    pub service: ServiceId,
+    /// Which of its versions.
+    pub version: VersionNumber,
+    /// What was counted.
+    pub conduct: Conduct,
 }
 
 /// Where a log line came from.

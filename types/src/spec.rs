@@ -11,6 +11,7 @@ use std::fmt;
 use serde::{Deserialize, Serialize};
 
 use crate::quantity::{Bytes, Fuel, Millicores, Millis, Shares};
+use crate::rollback::AutoRollback;
 use crate::traffic::StickyHeader;
 
 /// Everything that is wrong with a spec, each with the path of its field.
@@ -405,6 +406,8 @@ pub struct ServiceSpec {
     /// The header that decides which version a client gets while traffic is split; absent: each
     /// request is decided by itself.
     pub sticky_header: Option<StickyHeader>,
+    /// When a new version is taken back.
+    pub auto_rollback: AutoRollback,
 }
 
 #[derive(Deserialize, Default)]
@@ -429,6 +432,7 @@ struct RawServiceSpec {
     outbound: Vec<serde::de::IgnoredAny>,
     usage_header: bool,
     sticky_header: Option<StickyHeader>,
+    auto_rollback: Option<AutoRollback>,
 }
 
 /// Most bytes of a service's environment, names and values together.
@@ -497,6 +501,7 @@ impl TryFrom<RawServiceSpec> for ServiceSpec {
             routes: raw.routes,
             usage_header: raw.usage_header,
             sticky_header: raw.sticky_header,
+            auto_rollback: raw.auto_rollback.unwrap_or_default(),
         })
     }
 }

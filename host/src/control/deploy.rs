@@ -20,8 +20,9 @@ use super::compile::{CompileJob, Compiled, Ticket};
 use super::http_types::{Call, next_chunk, too_large};
 use super::link::LinkError;
 use super::problem::{Code, Problem};
+use super::trials::Verdict;
 use crate::config::COMPONENT_MAX;
-use crate::messages::{IntendedVersion, Refusal, ServiceIntent, ToData};
+use crate::messages::{IntendedVersion, LogRecord, LogSource, Refusal, ServiceIntent, ToData};
 use crate::state::blobs::{Kind, Unplaced};
 use crate::state::{AddedVersion, Held, NewVersion, Service, Timestamp, Worker};
 
@@ -217,6 +218,44 @@ pub(crate) async fn switch(
     Ok(after)
 }
 
+/// Goes back to a version's predecessor because it lost its trial, unless somebody changed the
+/// traffic meanwhile.
+pub(crate) async fn take_back(control: &Rc<Control>, verdict: &Verdict) -> Result<(), Problem> {
+    let (id, candidate) = (verdict.service, verdict.candidate);
+    let service = control.store(move |store| store.service_by_id(id)).await?;
+    let number = verdict.predecessor;
+    let found = control
+        .store(move |store| store.version(id, number))
+        .await?;
+    ensure_artefact(control, service.tenant, found.digest).await?;
+    let _mutation = control.mutation.lock().await;
+    let service = control.store(move |store| store.service_by_id(id)).await?;
+    let serves = service.traffic.share(candidate).unwrap_or(0) > 0;
+    if !serves || service.previous != Some(number) {
+        return Ok(());
+    }
+    let traffic = Traffic::whole(number);
+    let switched = control
+        .store(move |store| store.set_traffic(id, &traffic))
+        .await?;
+    bring_into_effect(control, &switched.before, &switched.service).await?;
+    let (service, reason) = (&switched.service, verdict.reason.as_str());
+    tracing::warn!(service = %id, %candidate, predecessor = %number, reason, "rolled back");
+    control
+        .events
+        .service_because("version.rolled_back", service, Some(number), reason);
+    control.logs.borrow().take(&[LogRecord {
+        service: id,
+        version: candidate,
+        time: std::time::SystemTime::now(),
+        request_id: String::new(),
+        source: LogSource::Host,
+        text: format!("rolled back to version {number}: {reason}"),
+        dropped: 0,
+    }]);
+    Ok(())
+}
+
 /// A version in a document that is not there is a mistake in the document.
 fn unknown_version(problem: Problem, number: VersionNumber) -> Problem {
     match problem.code() {
@@ -236,6 +275,8 @@ async fn bring_into_effect(
     service: &Service,
 ) -> Result<(), Problem> {
     let Err(error) = apply_service(control, service).await else {
+        let mut trials = control.trials.borrow_mut();
+        trials.switched(before, service, control.uptime());
         return Ok(());
     };
     let ApplyError::Link(LinkError::Refused(refusal)) = error else {

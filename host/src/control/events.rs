@@ -21,6 +21,8 @@ pub(crate) struct Event {
     pub(crate) tenant: Option<(TenantId, TenantName)>,
     pub(crate) service: Option<ServiceName>,
     pub(crate) version: Option<VersionNumber>,
+    /// Why, where it was the host that did it.
+    pub(crate) reason: Option<String>,
 }
 
 impl Event {
@@ -44,6 +46,9 @@ impl Event {
         }
         if let Some(version) = self.version {
             data["version"] = version.get().into();
+        }
+        if let Some(reason) = &self.reason {
+            data["reason"] = reason.as_str().into();
         }
         format!("id: {}\nevent: {}\ndata: {data}\n\n", self.id, self.kind)
     }
@@ -84,6 +89,7 @@ impl Events {
             tenant: None,
             service: None,
             version: None,
+            reason: None,
         });
     }
 
@@ -97,6 +103,7 @@ impl Events {
             tenant,
             service: None,
             version: None,
+            reason: None,
         });
     }
 
@@ -106,6 +113,27 @@ impl Events {
         service: &Service,
         version: Option<VersionNumber>,
     ) {
+        self.about(kind, service, version, None);
+    }
+
+    /// The host itself changed something of a service.
+    pub(crate) fn service_because(
+        &self,
+        kind: &'static str,
+        service: &Service,
+        version: Option<VersionNumber>,
+        reason: &str,
+    ) {
+        self.about(kind, service, version, Some(reason.to_owned()));
+    }
+
+    fn about(
+        &self,
+        kind: &'static str,
+        service: &Service,
+        version: Option<VersionNumber>,
+        reason: Option<String>,
+    ) {
         self.send(Event {
             id: 0,
             time: Timestamp::now(),
@@ -113,6 +141,7 @@ impl Events {
             tenant: Some((service.tenant, service.tenant_name.clone())),
             service: Some(service.name.clone()),
             version,
+            reason,
         });
     }
 }

@@ -52,6 +52,7 @@ mod server;
 mod start;
 #[cfg(test)]
 mod tests;
+mod trials;
 
 pub use auth::AdminTokenError;
 pub use compile::{Compiler, Seal};
@@ -84,12 +85,14 @@ pub(crate) struct Control {
     pub(crate) ingress: Cell<Option<SocketAddr>>,
     pub(crate) admin: SocketAddr,
     pub(crate) started: Timestamp,
+    started_at: tokio::time::Instant,
     pub(crate) machine: machine::Machine,
     store: Worker<Box<dyn Store>>,
     pub(crate) files: Worker<Blobs>,
     pub(crate) compilers: Rc<compile::Compilers>,
     pub(crate) link: link::DataLink,
     pub(crate) ledger: RefCell<ledger::Ledger>,
+    pub(crate) trials: RefCell<trials::Trials>,
     pub(crate) logs: RefCell<logs::Logs>,
     pub(crate) events: events::Events,
     pub(crate) failures: auth::FailureLimit,
@@ -112,6 +115,11 @@ impl std::fmt::Debug for Control {
 }
 
 impl Control {
+    /// Time since the start, for what only compares.
+    pub(crate) fn uptime(&self) -> std::time::Duration {
+        self.started_at.elapsed()
+    }
+
     /// Runs a job on the state thread.
     pub(crate) async fn store<T: Send + 'static>(
         &self,

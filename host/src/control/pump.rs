@@ -7,8 +7,8 @@ use tokio::sync::mpsc;
 use tokio::time::MissedTickBehavior;
 
 use super::link::Answered;
-use super::{Control, Readiness};
-use crate::messages::FromData;
+use super::{Control, Readiness, deploy};
+use crate::messages::{FromData, VersionDelta};
 
 /// How often data is asked what it counted.
 const COLLECT_EVERY: Duration = Duration::from_secs(1);
@@ -23,6 +23,7 @@ pub(super) async fn pump(control: Rc<Control>, mut reports: mpsc::Receiver<FromD
             FromData::Done { seq, result } => control.link.answer(seq, Answered::Done(result)),
             FromData::Collected { seq, collected } => {
                 control.ledger.borrow_mut().absorb(&collected.usage);
+                judge(&control, &collected.versions);
                 control
                     .link
                     .answer(seq, Answered::Collected(collected.metrics));
@@ -34,6 +35,22 @@ pub(super) async fn pump(control: Rc<Control>, mut reports: mpsc::Receiver<FromD
     if control.readiness.get() != Readiness::Stopping {
         tracing::error!("the data plane is gone");
         control.readiness.set(Readiness::DataGone);
+    }
+}
+
+/// Takes back what lost its trial; that goes on beside the pump.
+fn judge(control: &Rc<Control>, versions: &[VersionDelta]) {
+    let mut trials = control.trials.borrow_mut();
+    trials.absorb(versions);
+    for verdict in trials.verdicts(control.uptime()) {
+        let background = Rc::clone(control);
+        control.spawn(async move {
+            if let Err(problem) = deploy::take_back(&background, &verdict).await {
+                tracing::error!(
+                    service = %verdict.service, problem = problem.detail(), "a bad version stays"
+                );
+            }
+        });
     }
 }
 

@@ -83,7 +83,7 @@ pub(super) async fn handle(
         return own(too_large(&service, &request_id));
     }
     let wants_body = *request.method() != Method::HEAD;
-    let (exchange, waiting) = Exchange::new(Arc::clone(&service), active.number, request_id, began);
+    let (exchange, waiting) = Exchange::new(Arc::clone(&service), &active, request_id, began);
     exchange
         .bytes_in
         .store(headers::head_bytes(request.headers()), Ordering::Relaxed);
@@ -252,6 +252,9 @@ async fn answer(hold: Hold, waiting: Waiting, wants_body: bool) -> Response<OutB
         Ok(Head::Err(error)) => return bad_response(hold, &error),
         Err(_) => return failed(hold),
     };
+    if parts.status.is_server_error() {
+        hold.exchange().answered_5xx.store(true, Ordering::Relaxed);
+    }
     headers::prepare_response(&mut parts.headers, &hold.exchange().request_id);
     let bytes = headers::head_bytes(&parts.headers);
     hold.exchange()

@@ -13,7 +13,7 @@ use super::exchange::Record;
 use super::versions::{Active, Choice, Versions};
 use crate::engine::TenantMemory;
 use crate::ingress::logs::ServiceLog;
-use crate::messages::UsageDelta;
+use crate::messages::{UsageDelta, VersionDelta};
 
 /// A tenant. Lives as long as anything of it does; its envelope is in the pool.
 #[derive(Debug)]
@@ -153,6 +153,17 @@ impl ServiceEntry {
             bytes_out: 0,
             duration,
         });
+    }
+
+    /// Moves out how its versions behaved since the last call.
+    pub fn take_conduct(&self) -> impl Iterator<Item = VersionDelta> + '_ {
+        self.versions.ready().filter_map(|version| {
+            Some(VersionDelta {
+                service: self.id,
+                version: version.number,
+                conduct: version.stats.take()?,
+            })
+        })
     }
 
     /// Moves the counts since the last call out; `None` when there were none.

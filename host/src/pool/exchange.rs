@@ -4,14 +4,16 @@
 //! for the head and then for the body). Either side can end first; the record is written once,
 //! when the last of them lets go.
 
-use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
 use insula_types::{Outcome, VersionNumber};
 use tokio::sync::oneshot;
 
+use super::conduct::VersionStats;
 use super::entries::ServiceEntry;
+use super::versions::Active;
 use crate::engine::run::{Head, Ledger};
 
 /// What one request used and how it ended.
@@ -52,6 +54,9 @@ pub struct Exchange {
     pub service: Arc<ServiceEntry>,
     /// Which of its versions runs.
     pub version: VersionNumber,
+    /// Whether the guest itself answered with a status from 500 on.
+    pub answered_5xx: AtomicBool,
+    conduct: Arc<VersionStats>,
     /// For logs and headers.
     pub request_id: String,
     /// What the instance used; complete once its future is gone.
@@ -83,7 +88,7 @@ impl Exchange {
     #[must_use]
     pub fn new(
         service: Arc<ServiceEntry>,
-        version: VersionNumber,
+        active: &Active,
         request_id: String,
         began: Instant,
     ) -> (Arc<Self>, Waiting) {
@@ -91,7 +96,9 @@ impl Exchange {
         let (done_sender, done) = oneshot::channel();
         let exchange = Self {
             service,
-            version,
+            version: active.number,
+            answered_5xx: AtomicBool::new(false),
+            conduct: Arc::clone(&active.stats),
             request_id,
             ledger: Arc::default(),
             cpu_ns: AtomicU64::new(0),
@@ -185,6 +192,9 @@ impl Drop for Exchange {
             bytes_out: self.bytes_out.load(Ordering::Relaxed),
             duration: self.began.elapsed(),
         };
+        let answered_5xx = self.answered_5xx.load(Ordering::Relaxed);
+        self.conduct
+            .ended(record.outcome, answered_5xx, record.duration);
         self.service.record(&record);
     }
 }

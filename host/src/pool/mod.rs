@@ -23,6 +23,7 @@
 //! to the host.
 
 pub mod clock;
+pub mod conduct;
 mod deadlines;
 pub mod dispatcher;
 pub mod entries;

@@ -4,9 +4,12 @@
 //! changed: no lock, no search, nothing shared between requests. A request that was decided keeps
 //! its version to its end, whatever is published meanwhile.
 
+use std::sync::Arc;
+
 use insula_types::traffic::TRAFFIC_POINTS;
 use insula_types::{Digest, Traffic, VersionNumber};
 
+use super::conduct::VersionStats;
 use crate::engine::Program;
 
 /// A version that is ready to run.
@@ -18,6 +21,8 @@ pub struct Active {
     pub digest: Digest,
     /// Its code.
     pub program: Program,
+    /// How it behaves.
+    pub stats: Arc<VersionStats>,
 }
 
 /// What decides which version a request gets.
@@ -74,16 +79,18 @@ impl<T> Versions<T> {
     #[must_use]
     pub fn choose(&self, service: u64, choice: Choice<'_>) -> Option<&T> {
         let at = match choice {
-            Choice::Preview(wanted) => {
-                let mut ready = self.ready.iter();
-                return ready
-                    .find(|(number, _)| *number == wanted)
-                    .map(|(_, version)| version);
-            }
+            Choice::Preview(wanted) => return self.get(wanted),
             Choice::Shared(_) if self.points.is_empty() => self.settled?,
             Choice::Shared(key) => usize::from(*self.points.get(point(service, key))?),
         };
         self.ready.get(at).map(|(_, version)| version)
+    }
+
+    /// A version that is ready.
+    #[must_use]
+    pub fn get(&self, wanted: VersionNumber) -> Option<&T> {
+        let found = self.ready.iter().find(|(number, _)| *number == wanted);
+        found.map(|(_, version)| version)
     }
 
     /// Whether a request's key matters.

@@ -175,6 +175,8 @@ pub trait Store: Send {
     -> Result<Listed<Service>, StoreError>;
     /// One service.
     fn service(&mut self, tenant: &TenantName, name: &ServiceName) -> Result<Service, StoreError>;
+    /// The service with this id.
+    fn service_by_id(&mut self, id: ServiceId) -> Result<Service, StoreError>;
     /// Creates a service or replaces its spec.
     fn put_service(
         &mut self,

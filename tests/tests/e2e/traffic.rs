@@ -1,9 +1,11 @@
 //! Traffic divided among versions: shares, sticky keys, previews, and the way back.
 
 use std::collections::BTreeMap;
+use std::time::{Duration, Instant};
 
 use insula_tests::tenant::Service;
-use insula_tests::{TestHost, guests, load};
+use insula_tests::wait::{holds, throughout};
+use insula_tests::{TestHost, guests, load, until};
 use serde_json::{Value, json};
 
 /// A service with the sample `hello` as version 1 and `echo` as version 2, which gets `share`.
@@ -189,4 +191,80 @@ fn shares_that_cannot_be_are_refused_and_change_nothing() {
         (answer.status, answer.problem().as_str()),
         (422, "invalid_spec")
     );
+}
+
+/// Sends requests until the service's active version is another one; gives how long that took.
+fn rolled_back(host: &TestHost, service: &Service, broken: u64) -> Duration {
+    let request = service.get("/");
+    let began = Instant::now();
+    loop {
+        let _ = load::times(20, 2, &request);
+        if host.admin().get(&service.path())["active_version"] != broken {
+            return began.elapsed();
+        }
+        assert!(
+            began.elapsed() < Duration::from_secs(20),
+            "version {broken} stays"
+        );
+    }
+}
+
+#[test]
+fn a_broken_version_rolls_itself_back() {
+    let host = TestHost::start();
+    let service = host.tenant("a").create().service("web").deploy("hello");
+    assert_eq!(load::times(100, 2, &service.get("/")).status(200), 100);
+    let mut events = host.admin().request("GET", "/v1/events").open();
+    assert_eq!(service.upload(guests::bytes("trap")).status, 201);
+    let took = rolled_back(&host, &service, 2);
+    assert!(took < Duration::from_secs(5), "{took:?}");
+    assert_eq!(load::times(50, 2, &service.get("/")).status(200), 50);
+    let mut told = String::new();
+    while !told.contains("version.rolled_back") {
+        let piece = events.piece().expect("events").expect("more events");
+        told.push_str(&String::from_utf8(piece).expect("text"));
+    }
+    assert!(
+        told.contains("\"reason\":") && told.contains("failed"),
+        "{told}"
+    );
+    let log = service.log();
+    let said = log.iter().any(|line| {
+        line["source"] == "host"
+            && line["message"]
+                .as_str()
+                .is_some_and(|text| text.starts_with("rolled back to version 1"))
+    });
+    assert!(said, "{log:?}");
+}
+
+#[test]
+fn a_broken_canary_rolls_itself_back_and_one_that_may_fail_stays() {
+    let host = TestHost::start();
+    let service = host.tenant("a").create().service("web").deploy("hello");
+    let dark = format!("{}/versions?activate=false", service.path());
+    let upload = |sample| {
+        host.admin()
+            .upload(&dark, guests::bytes(sample))
+            .send()
+            .json()
+    };
+    assert_eq!(upload("trap")["version"], 2);
+    set(&host, &service, &json!({"1": 50, "2": 50}));
+    let request = service.get("/");
+    until(Duration::from_secs(20), "the canary is gone", || {
+        let _ = load::times(40, 2, &request);
+        let now = host.admin().get(&service.path())["traffic"].clone();
+        holds(now == json!({"1": 100}), now.to_string())
+    });
+    host.admin().put(
+        &service.path(),
+        &json!({"auto_rollback": {"enabled": false}}),
+    );
+    set(&host, &service, &json!({"2": 100}));
+    assert_eq!(load::times(200, 2, &request).status(502), 200);
+    // Two collections at least.
+    throughout(Duration::from_millis(2_500), || {
+        assert_eq!(host.admin().get(&service.path())["active_version"], 2);
+    });
 }

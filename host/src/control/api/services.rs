@@ -135,6 +135,7 @@ pub(crate) async fn delete(control: Rc<Control>, call: Call) -> Answer {
         .ledger
         .borrow_mut()
         .retire_service(service.tenant, service.id);
+    control.trials.borrow_mut().remove(service.id);
     control.logs.borrow_mut().remove_service(service.id);
     control.remove_files(deleted.unreferenced).await;
     control.events.service("service.deleted", &service, None);

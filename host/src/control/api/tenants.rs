@@ -86,6 +86,7 @@ pub(crate) async fn delete(control: Rc<Control>, call: Call) -> Answer {
     let applied = control.link.apply(ToData::DropTenant(tenant.id)).await;
     control.ledger.borrow_mut().remove_tenant(tenant.id);
     for service in services {
+        control.trials.borrow_mut().remove(service.id);
         control.logs.borrow_mut().remove_service(service.id);
     }
     control.remove_files(deleted.unreferenced).await;

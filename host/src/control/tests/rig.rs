@@ -34,6 +34,8 @@ pub(super) struct Fake {
     pub(super) seen: Mutex<Vec<String>>,
     /// Delivered with the next collection.
     pub(super) usage: Mutex<Vec<UsageDelta>>,
+    /// Delivered with the next collection, too.
+    pub(super) conduct: Mutex<Vec<crate::messages::VersionDelta>>,
     /// Services with an active version are refused.
     pub(super) refuse: std::sync::atomic::AtomicBool,
 }
@@ -48,7 +50,11 @@ impl Fake {
                 let metrics = "# TYPE fake gauge\nfake 1\n".to_owned();
                 return FromData::Collected {
                     seq,
-                    collected: Box::new(Collected { usage, metrics }),
+                    collected: Box::new(Collected {
+                        usage,
+                        versions: std::mem::take(&mut *self.conduct.lock().unwrap()),
+                        metrics,
+                    }),
                 };
             }
             ToData::Tenant { name, .. } => format!("tenant {name}"),

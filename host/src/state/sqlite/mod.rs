@@ -203,6 +203,10 @@ impl Store for SqliteStore {
         services::find(&self.connection, tenant, name)?.ok_or(StoreError::NotFound("service"))
     }
 
+    fn service_by_id(&mut self, id: ServiceId) -> Result<Service, StoreError> {
+        services::by_id(&self.connection, id)
+    }
+
     fn put_service(
         &mut self,
         tenant: &TenantName,
