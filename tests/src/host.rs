@@ -1,5 +1,6 @@
 //! The process under test.
 
+use std::ffi::OsString;
 use std::fs;
 use std::io::{BufRead, BufReader, Read};
 use std::net::SocketAddr;
@@ -34,6 +35,8 @@ const TICKS_PER_SECOND: f64 = 100.0;
 #[derive(Debug)]
 pub struct Plan {
     args: Vec<String>,
+    env: Vec<(String, OsString)>,
+    data: Option<PathBuf>,
     place: fn() -> Place,
 }
 
@@ -46,11 +49,25 @@ impl Plan {
         self
     }
 
+    /// One variable of its environment.
+    #[must_use]
+    pub fn env(mut self, name: &str, value: impl Into<OsString>) -> Self {
+        self.env.push((name.to_owned(), value.into()));
+        self
+    }
+
+    /// A data directory that there is already, instead of one of its own.
+    #[must_use]
+    pub fn data(mut self, data: impl Into<PathBuf>) -> Self {
+        self.data = Some(data.into());
+        self
+    }
+
     /// Starts it in a data directory of its own.
     #[must_use]
     pub fn start(self) -> TestHost {
         let place = (self.place)();
-        TestHost::launch(self.args, place)
+        TestHost::launch(self, place)
     }
 }
 
@@ -65,6 +82,7 @@ struct Shared {
     /// The data directory, and that of run files, by which the host can be found by its user.
     root: TempDir,
     args: Vec<String>,
+    env: Vec<(String, OsString)>,
     process: Mutex<Option<Process>>,
     /// What hosts of this directory that are gone have said.
     said: Mutex<String>,
@@ -94,9 +112,13 @@ impl TestHost {
     /// A host with flags of its own.
     #[must_use]
     pub fn plan() -> Plan {
-        let args = Vec::new();
-        let place = alone::shared;
-        Plan { args, place }.arg("--workers", 2)
+        let plan = Plan {
+            args: Vec::new(),
+            env: Vec::new(),
+            data: None,
+            place: alone::shared,
+        };
+        plan.arg("--workers", 2)
     }
 
     /// A host that runs beside no other test's, so that it can be measured. A test can have one.
@@ -109,17 +131,24 @@ impl TestHost {
         }
     }
 
-    fn launch(args: Vec<String>, place: Place) -> Self {
+    fn launch(plan: Plan, place: Place) -> Self {
+        let Plan {
+            args, env, data, ..
+        } = plan;
         let root = TempDir::with_prefix("insula-test-").expect("a temporary directory");
         fs::create_dir(root.path().join(RUN)).expect("a directory");
+        if let Some(data) = data {
+            std::os::unix::fs::symlink(data, root.path().join(DATA)).expect("a link");
+        }
         let shared = Shared {
             root,
             args,
+            env,
             process: Mutex::new(None),
             said: Mutex::default(),
             _place: place,
         };
-        let process = Process::start(shared.root.path(), &shared.args);
+        let process = Process::start(shared.root.path(), &shared.args, &shared.env);
         *lock(&shared.process) = Some(process);
         Self {
             shared: Arc::new(shared),
@@ -329,7 +358,7 @@ impl TestHost {
     }
 
     fn start_again(&self) {
-        let process = Process::start(self.shared.root.path(), &self.shared.args);
+        let process = Process::start(self.shared.root.path(), &self.shared.args, &self.shared.env);
         *lock(&self.shared.process) = Some(process);
     }
 
@@ -356,7 +385,7 @@ impl TestHost {
 }
 
 impl Process {
-    fn start(root: &Path, args: &[String]) -> Self {
+    fn start(root: &Path, args: &[String], env: &[(String, OsString)]) -> Self {
         let mut command = Command::new(guests::insula());
         command.arg("serve").arg("--data").arg(root.join(DATA));
         command.env("XDG_RUNTIME_DIR", root.join(RUN));
@@ -367,6 +396,7 @@ impl Process {
                 command.env_remove(name);
             }
         }
+        command.envs(env.iter().map(|(name, value)| (name, value)));
         let spawned = command
             .stdin(Stdio::null())
             .stdout(Stdio::piped())

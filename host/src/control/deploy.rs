@@ -13,10 +13,15 @@
 
 use std::rc::Rc;
 
+use http::StatusCode;
 use insula_types::{Digest, ServiceId, TenantId, Traffic, VersionNumber};
 
+use serde_json::{Value, json};
+
 use super::Control;
+use super::changes::{Actor, Remember};
 use super::compile::{CompileJob, Compiled, Ticket};
+use super::documents::{self, Urls};
 use super::http_types::{Call, next_chunk, too_large};
 use super::link::LinkError;
 use super::problem::{Code, Problem};
@@ -24,7 +29,7 @@ use super::trials::Verdict;
 use crate::config::COMPONENT_MAX;
 use crate::messages::{IntendedVersion, LogRecord, LogSource, Refusal, ServiceIntent, ToData};
 use crate::state::blobs::{Kind, Unplaced};
-use crate::state::{AddedVersion, Held, NewVersion, Service, Timestamp, Worker};
+use crate::state::{Audit, Held, NewVersion, Service, Worker};
 
 /// Longest time for a whole upload: 64 MiB at 1 Mbit/s.
 const UPLOAD_TOTAL: std::time::Duration = std::time::Duration::from_secs(600);
@@ -119,20 +124,28 @@ async fn compile(
         .await
 }
 
-/// A version that was committed, and whether it serves.
+/// What is to become of a prepared component.
 #[derive(Debug)]
-pub(crate) struct Deployed {
-    pub(crate) added: AddedVersion,
-    pub(crate) active: bool,
+pub(crate) struct Commit {
+    pub(crate) actor: Actor,
+    pub(crate) service: ServiceId,
+    pub(crate) activate: bool,
+    pub(crate) remember: Option<Remember>,
 }
 
 /// Puts a prepared component in its place, commits it as a new version and lets it serve.
+/// Answers the document that tells of it.
 pub(crate) async fn commit(
     control: &Control,
-    service: ServiceId,
+    commit: Commit,
     prepared: Prepared,
-    activate: bool,
-) -> Result<Deployed, Problem> {
+) -> Result<Value, Problem> {
+    let Commit {
+        actor,
+        service,
+        activate,
+        remember,
+    } = commit;
     let Prepared {
         digest,
         size_bytes,
@@ -160,9 +173,17 @@ pub(crate) async fn commit(
         size: insula_types::Bytes::new(size_bytes).map_err(|error| Problem::internal(&error))?,
         compile_ms,
     };
-    let now = Timestamp::now();
-    let added = control.store(move |store| store.add_version(service, &upload, activate, now));
-    let added = match added.await {
+    let urls = Urls::new(control);
+    let added = control.change(move |store, now| {
+        let added = store.add_version(service, &upload, activate, now)?;
+        let document = documents::deployed(&urls, &added, activate);
+        if let Some(remember) = remember {
+            remember.answer(store, StatusCode::CREATED, &document, now)?;
+        }
+        let audit = actor.service(&added.service, None, Some(document.clone()));
+        Ok(((added, document), Some(audit)))
+    });
+    let (added, document) = match added.await {
         Ok(added) => added,
         Err(problem) => {
             // The service was deleted meanwhile: its files may have no other user.
@@ -176,7 +197,7 @@ pub(crate) async fn commit(
         .events
         .service("version.created", &added.service, Some(number));
     if activate {
-        bring_into_effect(control, &added.before, &added.service).await?;
+        bring_into_effect(control, &added.before, &added.service, remember).await?;
         control
             .events
             .service("version.activated", &added.service, Some(number));
@@ -184,10 +205,7 @@ pub(crate) async fn commit(
         // It is stored, and nothing that serves has changed: only its preview is missing.
         tracing::warn!(service = %service, %error, "a version has no preview");
     }
-    Ok(Deployed {
-        added,
-        active: activate,
-    })
+    Ok(document)
 }
 
 /// Divides a service's traffic among its versions.
@@ -195,6 +213,8 @@ pub(crate) async fn switch(
     control: &Rc<Control>,
     service: &Service,
     traffic: Traffic,
+    actor: Actor,
+    remember: Option<Remember>,
 ) -> Result<Service, Problem> {
     let id = service.id;
     for (number, _) in traffic.shares() {
@@ -203,10 +223,19 @@ pub(crate) async fn switch(
         ensure_artefact(control, service.tenant, version.digest).await?;
     }
     let _mutation = control.mutation.lock().await;
+    let urls = Urls::new(control);
     let switched = control
-        .store(move |store| store.set_traffic(id, &traffic))
+        .change(move |store, now| {
+            let switched = store.set_traffic(id, &traffic)?;
+            if let Some(remember) = remember {
+                let document = documents::service(&urls, &switched.service);
+                remember.answer(store, StatusCode::OK, &document, now)?;
+            }
+            let audit = traffic_audit(&actor, &switched.before, &switched.service);
+            Ok((switched, Some(audit)))
+        })
         .await?;
-    bring_into_effect(control, &switched.before, &switched.service).await?;
+    bring_into_effect(control, &switched.before, &switched.service, remember).await?;
     let after = switched.service;
     let kind = match after.traffic.settled() {
         Some(_) => "version.activated",
@@ -216,6 +245,11 @@ pub(crate) async fn switch(
         .events
         .service(kind, &after, after.traffic.leading());
     Ok(after)
+}
+
+fn traffic_audit(actor: &Actor, before: &Service, after: &Service) -> Audit {
+    let shares = |service: &Service| json!({"traffic": service.traffic});
+    actor.service(after, Some(shares(before)), Some(shares(after)))
 }
 
 /// Goes back to a version's predecessor because it lost its trial, unless somebody changed the
@@ -235,10 +269,19 @@ pub(crate) async fn take_back(control: &Rc<Control>, verdict: &Verdict) -> Resul
         return Ok(());
     }
     let traffic = Traffic::whole(number);
+    let because = verdict.reason.clone();
     let switched = control
-        .store(move |store| store.set_traffic(id, &traffic))
+        .change(move |store, _| {
+            let switched = store.set_traffic(id, &traffic)?;
+            let actor = Actor::host("automaticRollback");
+            let mut audit = traffic_audit(&actor, &switched.before, &switched.service);
+            if let Some(after) = &mut audit.after {
+                after["reason"] = because.into();
+            }
+            Ok((switched, Some(audit)))
+        })
         .await?;
-    bring_into_effect(control, &switched.before, &switched.service).await?;
+    bring_into_effect(control, &switched.before, &switched.service, None).await?;
     let (service, reason) = (&switched.service, verdict.reason.as_str());
     tracing::warn!(service = %id, %candidate, predecessor = %number, reason, "rolled back");
     control
@@ -273,6 +316,7 @@ async fn bring_into_effect(
     control: &Control,
     before: &Service,
     service: &Service,
+    remembered: Option<Remember>,
 ) -> Result<(), Problem> {
     let Err(error) = apply_service(control, service).await else {
         let mut trials = control.trials.borrow_mut();
@@ -283,9 +327,16 @@ async fn bring_into_effect(
         return Err(error.into());
     };
     tracing::error!(service = %service.id, %refusal, "data refused a version");
-    let before = before.clone();
+    let (before, after) = (before.clone(), service.clone());
     control
-        .store(move |store| store.restore_traffic(&before))
+        .change(move |store, _| {
+            let restored = store.restore_traffic(&before)?;
+            if let Some(remembered) = remembered {
+                store.forget(&remembered.key)?;
+            }
+            let audit = traffic_audit(&Actor::host("takeActivationBack"), &after, &restored);
+            Ok(((), Some(audit)))
+        })
         .await?;
     Err(Problem::new(
         Code::NotActivated,

@@ -4,7 +4,7 @@ use insula_types::{Outcome, VersionNumber};
 use serde_json::{Map, Value, json};
 
 use super::Control;
-use crate::state::{Access, Scope, Service, Tenant, Token, UsageTotals, Version};
+use crate::state::{Access, AddedVersion, Scope, Service, Tenant, Token, UsageTotals, Version};
 
 /// Fields of a tenant that the host adds; a document that was read may be put with them.
 pub(super) const TENANT_READ_ONLY: &[&str] = &["generation", "created_at"];
@@ -37,12 +37,18 @@ pub(super) fn tenant(tenant: &Tenant) -> Value {
     )
 }
 
-pub(super) fn service(control: &Control, service: &Service) -> Value {
+pub(super) fn service(urls: &Urls, service: &Service) -> Value {
+    let mut document = service_record(service);
+    document["url"] = urls.of(service, None).into();
+    document
+}
+
+/// A service without what only the host as it runs now knows.
+pub(super) fn service_record(service: &Service) -> Value {
     with_spec(
         json!({"name": service.name, "tenant": service.tenant_name}),
         &service.spec,
         json!({
-            "url": url(control, service),
             "active_version": service.traffic.leading(),
             "previous_version": service.previous,
             "traffic": service.traffic,
@@ -52,28 +58,52 @@ pub(super) fn service(control: &Control, service: &Service) -> Value {
     )
 }
 
-/// Where a service answers.
-pub(super) fn url(control: &Control, service: &Service) -> String {
-    url_of(control, service, "")
+/// Makes the addresses of services.
+#[derive(Debug, Clone)]
+pub(super) struct Urls {
+    scheme: &'static str,
+    domain: String,
+    port: Option<u16>,
 }
 
-/// Where one version of it answers, whatever its share, as long as it is kept ready.
-pub(super) fn preview_url(control: &Control, service: &Service, number: VersionNumber) -> String {
-    url_of(control, service, &format!("v{number}."))
-}
+impl Urls {
+    pub(super) fn new(control: &Control) -> Self {
+        Self {
+            scheme: "http",
+            domain: control.config.domain.clone(),
+            port: control.ingress.get().map(|ingress| ingress.port()),
+        }
+    }
 
-fn url_of(control: &Control, service: &Service, prefix: &str) -> String {
-    let host = format!(
-        "{prefix}{}.{}.{}",
-        service.name, service.tenant_name, control.config.domain
-    );
-    match control.ingress.get().map(|ingress| ingress.port()) {
-        None | Some(80) => format!("http://{host}/"),
-        Some(port) => format!("http://{host}:{port}/"),
+    /// Where a service answers, or one version of it.
+    pub(super) fn of(&self, service: &Service, preview: Option<VersionNumber>) -> String {
+        let prefix = preview.map_or_else(String::new, |number| format!("v{number}."));
+        let (name, tenant, domain) = (&service.name, &service.tenant_name, &self.domain);
+        let host = format!("{prefix}{name}.{tenant}.{domain}");
+        match (self.scheme, self.port) {
+            (scheme, None) | (scheme @ "http", Some(80)) | (scheme @ "https", Some(443)) => {
+                format!("{scheme}://{host}/")
+            }
+            (scheme, Some(port)) => format!("{scheme}://{host}:{port}/"),
+        }
     }
 }
 
-pub(super) fn version(control: &Control, service: &Service, version: &Version) -> Value {
+/// What an upload answers.
+pub(super) fn deployed(urls: &Urls, added: &AddedVersion, active: bool) -> Value {
+    let version = &added.version;
+    json!({
+        "version": version.number,
+        "digest": version.digest,
+        "size_bytes": version.size,
+        "compile_ms": version.compile_ms,
+        "active": active,
+        "url": urls.of(&added.service, None),
+        "preview_url": urls.of(&added.service, Some(version.number)),
+    })
+}
+
+pub(super) fn version(urls: &Urls, service: &Service, version: &Version) -> Value {
     let percent = service.traffic.share(version.number).unwrap_or(0);
     let ready = service.held(version.number).is_some();
     json!({
@@ -85,7 +115,7 @@ pub(super) fn version(control: &Control, service: &Service, version: &Version) -
         "created_at": version.created,
         "active": percent > 0,
         "percent": percent,
-        "preview_url": ready.then(|| preview_url(control, service, version.number)),
+        "preview_url": ready.then(|| urls.of(service, Some(version.number))),
     })
 }
 

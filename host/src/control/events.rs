@@ -81,6 +81,15 @@ impl Events {
     }
 
     pub(crate) fn host(&self, kind: &'static str) {
+        self.of_host(kind, None);
+    }
+
+    /// Something happened to the host.
+    pub(crate) fn host_because(&self, kind: &'static str, reason: &str) {
+        self.of_host(kind, Some(reason.to_owned()));
+    }
+
+    fn of_host(&self, kind: &'static str, reason: Option<String>) {
         let time = Timestamp::now();
         self.send(Event {
             id: 0,
@@ -89,7 +98,7 @@ impl Events {
             tenant: None,
             service: None,
             version: None,
-            reason: None,
+            reason,
         });
     }
 

@@ -59,6 +59,8 @@ pub(super) async fn tick(control: Rc<Control>) {
     let mut interval = tokio::time::interval(COLLECT_EVERY);
     interval.set_missed_tick_behavior(MissedTickBehavior::Delay);
     let mut ticks = 0u32;
+    // Whether the followers of events know that the state was stopped.
+    let mut told = false;
     loop {
         interval.tick().await;
         if let Err(error) = control.link.collect().await
@@ -66,8 +68,13 @@ pub(super) async fn tick(control: Rc<Control>) {
         {
             tracing::warn!(%error, "usage was not collected");
         }
+        if !told && let Some(reason) = control.health.stopped() {
+            control.events.host_because("host.state_stopped", reason);
+            told = true;
+        }
         ticks = ticks.wrapping_add(1);
         if ticks.is_multiple_of(CHECKPOINT_EVERY)
+            && !told
             && let Err(problem) = control.checkpoint().await
         {
             tracing::warn!(

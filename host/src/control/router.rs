@@ -7,7 +7,7 @@ use std::rc::Rc;
 use http::Method;
 
 use super::Control;
-use super::api::{host, services, streams, tenants, tokens, usage, versions};
+use super::api::{audit, backup, host, services, streams, tenants, tokens, usage, versions};
 use super::auth::Need;
 use super::http_types::{Call, Params};
 use super::problem::{Answer, Code, Problem};
@@ -134,6 +134,11 @@ pub(super) static ROUTES: &[Route] = routes! {
         "Make a token; its secret is shown once", [], Body("TokenRequest") => Created("NewToken");
     DELETE "/v1/tokens/{id}" Need::Any(Write), "deleteToken" = tokens::delete,
         "Revoke a token", [], Nothing => Gives::Nothing;
+    GET "/v1/audit" Need::Any(Read), "listAudit" = audit::index,
+        "Who changed what, newest first", ["limit", "continue"], Nothing => List("Audit");
+    GET "/v1/backup" Need::Host(Write), "getBackup" = backup::download,
+        "All intent and all components, for insula restore", [],
+        Nothing => Media("application/x-tar");
     GET "/v1/events" Need::Any(Read), "getEvents" = streams::events,
         "Changes of state as server-sent events", [], Nothing => Media("text/event-stream");
 };

@@ -12,7 +12,8 @@
 //! callers could race for (names, reservations, routes, generations) happens inside the store.
 //!
 //! On failure: a method that answers an error has changed nothing. A crash loses nothing that was
-//! answered; files without a record are removed at the next start (see [`blobs`]).
+//! answered; files without a record are removed at the next start (see [`blobs`]). A disk that
+//! fails stops all writes ([`health`]).
 //!
 //! *Invariant:* below the data directory nothing is reached by an ambient path ([`dir`]), and
 //! names of tenants and services never become file names.
@@ -24,8 +25,11 @@ use insula_types::{
     VersionNumber,
 };
 
+pub mod audit;
+pub mod backup;
 pub mod blobs;
 pub mod dir;
+pub mod health;
 mod records;
 pub mod sqlite;
 #[cfg(test)]
@@ -34,8 +38,10 @@ pub mod time;
 pub mod usage;
 pub mod worker;
 
+pub use audit::{Audit, AuditEntry};
 pub use blobs::Blobs;
-pub use dir::DataDir;
+pub use dir::{DataDir, TemporaryDir};
+pub use health::{Health, Stopped};
 pub use records::{
     Access, AddedVersion, Commitments, Deleted, Held, Listed, NewToken, NewVersion, Page, Put,
     Remembered, Scope, Service, StoredUsage, Switched, Tenant, Token, TokenHash, Version,
@@ -55,6 +61,8 @@ pub const VERSIONS_KEPT: u64 = 100;
 pub const TOKENS_MAX: u64 = 1_000;
 /// Idempotency keys that are remembered, at most.
 pub const REMEMBERED_MAX: u64 = 10_000;
+/// Entries of the audit log that are kept.
+pub const AUDIT_KEPT: u64 = 100_000;
 /// How long an idempotency key is remembered.
 pub const REMEMBERED_FOR: std::time::Duration = std::time::Duration::from_secs(24 * 3_600);
 
@@ -97,6 +105,15 @@ pub enum StoreError {
     /// Without this token nobody could administer the host any more.
     #[error("this is the last token that may administer the host; create another one first")]
     LastAdminToken,
+    /// There is no room on the disk; nothing was changed.
+    #[error("there is no room left where the state is kept")]
+    NoSpace,
+    /// The disk failed: the caller stops the state ([`Health`]).
+    #[error("the state could not be read or written: {0}")]
+    Disk(String),
+    /// The disk failed before.
+    #[error(transparent)]
+    Stopped(#[from] Stopped),
     /// The store itself failed, or holds what cannot be.
     #[error("the state could not be read or written: {0}")]
     Backend(Box<dyn std::error::Error + Send + Sync>),
@@ -143,10 +160,38 @@ impl Precondition {
     }
 }
 
+impl dyn Store + '_ {
+    /// [`Store::atomically`] for a job that answers something.
+    ///
+    /// # Errors
+    /// Those of the job and of the commit.
+    pub fn in_one<T>(
+        &mut self,
+        job: impl FnOnce(&mut dyn Store) -> Result<T, StoreError>,
+    ) -> Result<T, StoreError> {
+        let mut job = Some(job);
+        let mut answer = None;
+        self.atomically(&mut |store| {
+            if let Some(job) = job.take() {
+                answer = Some(job(store)?);
+            }
+            Ok(())
+        })?;
+        answer.ok_or_else(|| StoreError::Backend("a change was committed without its job".into()))
+    }
+}
+
 /// Where intent is kept. Blocking; owned by one thread. See the module's head for what every
 /// implementation promises; each method answers [`StoreError`].
 #[expect(clippy::missing_errors_doc, reason = "said once for all, above")]
 pub trait Store: Send {
+    /// Runs several changes as one: all of them are kept when `job` answers `Ok`, none otherwise.
+    /// Not to be nested.
+    fn atomically(
+        &mut self,
+        job: &mut dyn FnMut(&mut dyn Store) -> Result<(), StoreError>,
+    ) -> Result<(), StoreError>;
+
     /// Tenants by name.
     fn tenants(&mut self, page: &Page) -> Result<Listed<Tenant>, StoreError>;
     /// One tenant.
@@ -227,6 +272,8 @@ pub trait Store: Send {
     ) -> Result<Listed<Token>, StoreError>;
     /// The token whose secret hashes to this, expired or not.
     fn token_by_hash(&mut self, hash: &TokenHash) -> Result<Option<Token>, StoreError>;
+    /// Whether a token is there and has not expired.
+    fn token_is_valid(&mut self, id: u64, now: Timestamp) -> Result<bool, StoreError>;
     /// Adds a token.
     fn add_token(&mut self, token: &NewToken, now: Timestamp) -> Result<Token, StoreError>;
     /// Deletes a token: any, or only one of a tenant.
@@ -238,6 +285,9 @@ pub trait Store: Send {
     ) -> Result<Token, StoreError>;
     /// Whether somebody can administer the host: an unexpired host token that may write.
     fn has_admin_token(&mut self, now: Timestamp) -> Result<bool, StoreError>;
+
+    /// A copy of everything as of this moment, as one SQLite file without a name.
+    fn copy(&mut self, temporary: &TemporaryDir) -> Result<std::fs::File, StoreError>;
 
     /// All sums.
     fn usage(&mut self) -> Result<Vec<StoredUsage>, StoreError>;
@@ -254,4 +304,15 @@ pub trait Store: Send {
     ) -> Result<Option<Remembered>, StoreError>;
     /// Remembers an answer; forgets old ones.
     fn remember(&mut self, answer: &Remembered, now: Timestamp) -> Result<(), StoreError>;
+    /// Forgets an answer that turned out not to be true.
+    fn forget(&mut self, key: &[u8; 32]) -> Result<(), StoreError>;
+
+    /// Adds to the audit log: entries are never changed, and the newest [`AUDIT_KEPT`] stay.
+    fn audit(&mut self, audit: &Audit, now: Timestamp) -> Result<(), StoreError>;
+    /// The audit log, newest first: all of it, or what concerns one tenant.
+    fn audits(
+        &mut self,
+        tenant: Option<TenantId>,
+        page: &Page,
+    ) -> Result<Listed<AuditEntry>, StoreError>;
 }

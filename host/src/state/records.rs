@@ -147,6 +147,11 @@ pub enum Put<T> {
 }
 
 impl<T> Put<T> {
+    /// Whether anything is different from before.
+    pub const fn is_change(&self) -> bool {
+        !matches!(self, Self::Unchanged(_))
+    }
+
     /// The record.
     pub const fn record(&self) -> &T {
         match self {

@@ -8,7 +8,7 @@ const CAPACITY: u64 = 2_000;
 
 fn open(path: &std::path::Path) -> (DataDir, SqliteStore) {
     let data = DataDir::open(path).unwrap();
-    let store = SqliteStore::open(&data).unwrap();
+    let store = SqliteStore::open(&data, Health::default()).unwrap();
     (data, store)
 }
 
@@ -449,4 +449,93 @@ fn a_version_with_a_share_is_never_pruned() {
         .collect();
     assert_eq!(oldest[..3], [1, 2, 3]);
     assert!(oldest[3] > 4, "{oldest:?}");
+}
+
+#[test]
+fn several_changes_are_one_or_none() {
+    let path = tempfile::tempdir().unwrap();
+    let (data, mut sqlite) = open(path.path());
+    let store: &mut dyn Store = &mut sqlite;
+    let spec = tenant_spec("{}");
+    let put = |store: &mut dyn Store, tenant: &str| {
+        store.put_tenant(&name(tenant), &spec, Precondition::Absent, CAPACITY, now())
+    };
+    let answer = Remembered {
+        key: [1; 32],
+        body: [2; 32],
+        status: 201,
+        answer: "{}".to_owned(),
+    };
+    let failed = store.in_one(|store| {
+        put(store, "a")?;
+        store.remember(&answer, now())?;
+        put(store, "a").map(drop)
+    });
+    assert!(matches!(failed, Err(StoreError::Precondition { .. })));
+    assert!(store.tenant(&name("a")).is_err(), "nothing of it was kept");
+    assert_eq!(store.remembered(&[1; 32], now()).unwrap(), None);
+    store
+        .in_one(|store| {
+            put(store, "a")?;
+            assert!(put(store, "a").is_err(), "a part can fail by itself");
+            store.remember(&answer, now())
+        })
+        .unwrap();
+    put(store, "b").unwrap();
+    drop((sqlite, data));
+    let (_data, mut store) = open(path.path());
+    assert!(store.tenant(&name("a")).is_ok() && store.tenant(&name("b")).is_ok());
+    assert_eq!(store.remembered(&[1; 32], now()).unwrap(), Some(answer));
+    store.forget(&[1; 32]).unwrap();
+    assert_eq!(store.remembered(&[1; 32], now()).unwrap(), None);
+}
+
+#[test]
+fn a_stopped_state_is_read_and_not_written() {
+    let path = tempfile::tempdir().unwrap();
+    let data = DataDir::open(path.path()).unwrap();
+    let health = Health::default();
+    let mut store = SqliteStore::open(&data, health.clone()).unwrap();
+    put_tenant(&mut store, "a", "{}").unwrap();
+    health.stop("on purpose");
+    let refused = put_tenant(&mut store, "b", "{}").unwrap_err();
+    assert!(refused.to_string().contains("on purpose"), "{refused}");
+    let store: &mut dyn Store = &mut store;
+    assert!(matches!(
+        store.in_one(|_| Ok(())),
+        Err(StoreError::Stopped(_))
+    ));
+    assert!(store.tenant(&name("a")).is_ok());
+    let mut files = Blobs::open(&data, "c", health).unwrap();
+    assert!(files.create().is_err());
+}
+
+#[test]
+fn the_audit_log_is_read_newest_first_and_by_tenant() {
+    let path = tempfile::tempdir().unwrap();
+    let (_data, mut store) = open(path.path());
+    let entry = |operation: &str, tenant: Option<u64>| Audit {
+        token: Some(1),
+        actor: "admin".to_owned(),
+        peer: Some("127.0.0.1:1".to_owned()),
+        operation: operation.to_owned(),
+        tenant: tenant.map(|id| (TenantId::new(id), name("a"))),
+        subject: "a/web".to_owned(),
+        before: None,
+        after: Some(serde_json::json!({"x": 1})),
+    };
+    for (operation, tenant) in [("one", Some(1)), ("two", None), ("three", Some(2))] {
+        store.audit(&entry(operation, tenant), now()).unwrap();
+    }
+    let page = Page {
+        after: None,
+        limit: 2,
+    };
+    let first = store.audits(None, &page).unwrap();
+    assert_eq!(first.items[0].audit, entry("three", Some(2)));
+    let after = first.next;
+    let rest = store.audits(None, &Page { after, limit: 2 }).unwrap();
+    assert_eq!((rest.items.len(), rest.next), (1, None));
+    let own = store.audits(Some(TenantId::new(1)), &ALL).unwrap();
+    assert_eq!(own.items.len(), 1);
 }

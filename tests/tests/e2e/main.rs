@@ -5,6 +5,7 @@ mod admin;
 mod bad_bytes;
 mod cli;
 mod curl;
+mod durable;
 mod fuel;
 mod hostile;
 mod ingress;

@@ -218,6 +218,11 @@ fn a_broken_version_rolls_itself_back() {
     assert_eq!(service.upload(guests::bytes("trap")).status, 201);
     let took = rolled_back(&host, &service, 2);
     assert!(took < Duration::from_secs(5), "{took:?}");
+    // What is shown is what is intended; it is in effect a moment later.
+    until(Duration::from_secs(2), "version 1 serves", || {
+        let status = service.get("/").send().status;
+        holds(status == 200, status.to_string())
+    });
     assert_eq!(load::times(50, 2, &service.get("/")).status(200), 50);
     let mut told = String::new();
     while !told.contains("version.rolled_back") {

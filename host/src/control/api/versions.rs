@@ -6,6 +6,8 @@ use http::StatusCode;
 use insula_types::Traffic;
 use serde_json::{Value, json};
 
+use crate::control::deploy::Commit;
+use crate::control::documents::Urls;
 use crate::control::http_types::{Call, Reply, list};
 use crate::control::problem::{Answer, Code, Problem};
 use crate::control::{Control, deploy, documents, idempotency};
@@ -17,10 +19,11 @@ pub(crate) async fn index(control: Rc<Control>, call: Call) -> Answer {
     let versions = control
         .store(move |store| store.versions(id, &page))
         .await?;
+    let urls = Urls::new(&control);
     let items = versions
         .items
         .iter()
-        .map(|one| documents::version(&control, &service, one))
+        .map(|one| documents::version(&urls, &service, one))
         .collect();
     Ok(list(items, versions.next))
 }
@@ -40,20 +43,13 @@ pub(crate) async fn upload(control: Rc<Control>, mut call: Call) -> Answer {
         return Ok(reply);
     }
     let prepared = deploy::prepare(&control, &ticket, component).await?;
-    let deployed = deploy::commit(&control, service.id, prepared, activate).await?;
-    let version = deployed.added.version;
-    let document = json!({
-        "version": version.number,
-        "digest": version.digest,
-        "size_bytes": version.size,
-        "compile_ms": version.compile_ms,
-        "active": deployed.active,
-        "url": documents::url(&control, &deployed.added.service),
-        "preview_url": documents::preview_url(&control, &deployed.added.service, version.number),
-    });
-    if let Some(keyed) = keyed {
-        keyed.remember(hash, StatusCode::CREATED, &document).await;
-    }
+    let commit = Commit {
+        actor: call.actor()?,
+        service: service.id,
+        activate,
+        remember: keyed.as_ref().map(|keyed| keyed.remember(hash)),
+    };
+    let document = deploy::commit(&control, commit, prepared).await?;
     Ok(Reply::json(StatusCode::CREATED, &document))
 }
 
@@ -63,7 +59,7 @@ pub(crate) async fn traffic(control: Rc<Control>, mut call: Call) -> Answer {
     let traffic: Traffic = serde_json::from_value(Value::Object(document))
         .map_err(|error| Problem::new(Code::InvalidSpec, error))?;
     let service = control.service_of(&call).await?;
-    let service = deploy::switch(&control, &service, traffic).await?;
+    let service = deploy::switch(&control, &service, traffic, call.actor()?, None).await?;
     Ok(Reply::ok(&json!(service.traffic)))
 }
 
@@ -83,10 +79,9 @@ pub(crate) async fn rollback(control: Rc<Control>, mut call: Call) -> Answer {
             "no other version of this service has served",
         )
     })?;
-    let service = deploy::switch(&control, &service, Traffic::whole(previous)).await?;
-    let document = documents::service(&control, &service);
-    if let Some(keyed) = keyed {
-        keyed.remember(body, StatusCode::OK, &document).await;
-    }
+    let remember = keyed.as_ref().map(|keyed| keyed.remember(body));
+    let traffic = Traffic::whole(previous);
+    let service = deploy::switch(&control, &service, traffic, call.actor()?, remember).await?;
+    let document = documents::service(&Urls::new(&control), &service);
     Ok(Reply::ok(&document))
 }

@@ -4,10 +4,10 @@ use insula_types::{
     Digest, ServiceId, ServiceName, ServiceSpec, TenantId, TenantName, Traffic, VersionNumber,
 };
 use rusqlite::types::Type;
-use rusqlite::{Connection, OptionalExtension, Row, Transaction, params};
+use rusqlite::{Connection, OptionalExtension, Row, params};
 
 use super::versions;
-use super::{int, json, listed, nat, parsed, tenants, time, to_json, usage, version_number};
+use super::{Write, int, json, listed, nat, parsed, tenants, time, to_json, usage, version_number};
 use crate::state::{
     Deleted, Held, Listed, Page, Precondition, Put, SERVICES_PER_TENANT_MAX, Service, StoreError,
     Timestamp,
@@ -79,7 +79,7 @@ pub(super) fn by_id(connection: &Connection, id: ServiceId) -> Result<Service, S
 }
 
 pub(super) fn put(
-    write: &Transaction<'_>,
+    write: &Write<'_>,
     tenant_name: &TenantName,
     name: &ServiceName,
     spec: &ServiceSpec,
@@ -133,7 +133,7 @@ pub(super) fn put(
 
 /// A host belongs to one tenant, a route to one service.
 fn set_routes(
-    write: &Transaction<'_>,
+    write: &Write<'_>,
     tenant: TenantId,
     service: ServiceId,
     spec: &ServiceSpec,
@@ -164,7 +164,7 @@ fn set_routes(
 }
 
 pub(super) fn delete(
-    write: &Transaction<'_>,
+    write: &Write<'_>,
     tenant: &TenantName,
     name: &ServiceName,
     precondition: Precondition,

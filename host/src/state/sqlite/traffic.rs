@@ -1,13 +1,13 @@
 //! Which versions serve, in SQLite.
 
 use insula_types::{ServiceId, Traffic, VersionNumber};
-use rusqlite::{Transaction, params};
+use rusqlite::params;
 
-use super::{int, services, versions};
+use super::{Write, int, services, versions};
 use crate::state::{Service, StoreError, Switched};
 
 pub(super) fn set(
-    write: &Transaction<'_>,
+    write: &Write<'_>,
     service: ServiceId,
     traffic: &Traffic,
 ) -> Result<Switched, StoreError> {
@@ -20,13 +20,13 @@ pub(super) fn set(
     Ok(Switched { before, service })
 }
 
-pub(super) fn restore(write: &Transaction<'_>, before: &Service) -> Result<Service, StoreError> {
+pub(super) fn restore(write: &Write<'_>, before: &Service) -> Result<Service, StoreError> {
     services::by_id(write, before.id)?;
     put(write, before.id, &before.traffic, before.previous)
 }
 
 fn put(
-    write: &Transaction<'_>,
+    write: &Write<'_>,
     service: ServiceId,
     traffic: &Traffic,
     previous: Option<VersionNumber>,

@@ -4,9 +4,9 @@
 use std::collections::BTreeMap;
 
 use insula_types::{Outcome, ServiceId, TenantId};
-use rusqlite::{Connection, OptionalExtension, Row, Transaction, params};
+use rusqlite::{Connection, OptionalExtension, Row, params};
 
-use super::{int, json, nat, to_json};
+use super::{Write, int, json, nat, to_json};
 use crate::state::{StoreError, StoredUsage, UsageTotals};
 
 /// Stands for all deleted services of a tenant; real ids count from 1.
@@ -45,7 +45,7 @@ pub(super) fn all(connection: &Connection) -> Result<Vec<StoredUsage>, StoreErro
 }
 
 pub(super) fn add(
-    write: &Transaction<'_>,
+    write: &Write<'_>,
     parts: &[(TenantId, ServiceId, UsageTotals)],
 ) -> Result<(), StoreError> {
     for (tenant, service, totals) in parts {
@@ -76,7 +76,7 @@ pub(super) fn add(
 
 /// Moves what a service used to its tenant's deleted services.
 pub(super) fn keep_for_tenant(
-    write: &Transaction<'_>,
+    write: &Write<'_>,
     tenant: TenantId,
     service: ServiceId,
 ) -> Result<(), StoreError> {
@@ -105,7 +105,7 @@ fn find(
 }
 
 fn add_one(
-    write: &Transaction<'_>,
+    write: &Write<'_>,
     tenant: TenantId,
     service: ServiceId,
     part: &UsageTotals,

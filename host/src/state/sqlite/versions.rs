@@ -3,9 +3,9 @@
 use std::collections::HashSet;
 
 use insula_types::{Bytes, Digest, ServiceId, Traffic, VersionNumber};
-use rusqlite::{Connection, OptionalExtension, Row, Transaction, params};
+use rusqlite::{Connection, OptionalExtension, Row, params};
 
-use super::{int, listed, nat, parsed, services, time, traffic, version_number};
+use super::{Write, int, listed, nat, parsed, services, time, traffic, version_number};
 use crate::state::{
     AddedVersion, Listed, NewVersion, Page, StoreError, Timestamp, VERSIONS_KEPT, Version,
 };
@@ -55,7 +55,7 @@ pub(super) fn find(
 }
 
 pub(super) fn add(
-    write: &Transaction<'_>,
+    write: &Write<'_>,
     service: ServiceId,
     upload: &NewVersion,
     activate: bool,
@@ -95,7 +95,7 @@ pub(super) fn add(
 }
 
 /// Removes the oldest versions beyond [`VERSIONS_KEPT`] that are not in use.
-fn prune(write: &Transaction<'_>, service: ServiceId) -> Result<Vec<Digest>, StoreError> {
+fn prune(write: &Write<'_>, service: ServiceId) -> Result<Vec<Digest>, StoreError> {
     let mut statement = write.prepare_cached(
         "DELETE FROM versions WHERE service = ?1 AND number IN (
             SELECT v.number FROM versions v JOIN services s ON s.id = v.service
