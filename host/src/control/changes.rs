@@ -6,6 +6,7 @@ use insula_types::{TenantId, TenantName};
 use serde_json::Value;
 
 use super::Control;
+use super::documents::without_secrets;
 use super::problem::Problem;
 use crate::state::{Audit, Remembered, Service, Store, StoreError, Tenant, Timestamp};
 
@@ -39,6 +40,7 @@ impl Actor {
         }
     }
 
+    /// The one way into the audit log, so that no secret finds another.
     fn did(
         &self,
         tenant: Option<(TenantId, TenantName)>,
@@ -53,8 +55,8 @@ impl Actor {
             operation: self.operation.to_owned(),
             tenant,
             subject,
-            before,
-            after,
+            before: before.map(without_secrets),
+            after: after.map(without_secrets),
         }
     }
 

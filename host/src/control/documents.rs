@@ -58,6 +58,20 @@ pub(super) fn service_record(service: &Service) -> Value {
     )
 }
 
+/// What stands in the audit log for the value of a variable.
+const WITHHELD: &str = "(withheld)";
+
+/// A document as it may be kept for good: variables of an environment keep their names and lose
+/// their values, which are passwords as often as not.
+pub(super) fn without_secrets(mut document: Value) -> Value {
+    if let Some(Value::Object(env)) = document.get_mut("env") {
+        for value in env.values_mut() {
+            *value = WITHHELD.into();
+        }
+    }
+    document
+}
+
 /// Makes the addresses of services.
 #[derive(Debug, Clone)]
 pub(super) struct Urls {

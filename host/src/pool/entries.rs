@@ -10,6 +10,8 @@ use insula_types::spec::RequestLimits;
 use insula_types::{Outcome, ServiceId, ServiceName, TenantId, TenantName, VersionNumber};
 
 use super::exchange::Record;
+use super::pace::Pace;
+use super::request_id::RequestId;
 use super::versions::{Active, Choice, Versions};
 use crate::engine::TenantMemory;
 use crate::ingress::logs::ServiceLog;
@@ -60,6 +62,8 @@ pub struct ServiceStats {
     memory_byte_ms: AtomicU64,
     bytes_in: AtomicU64,
     bytes_out: AtomicU64,
+    /// How fast it burns fuel.
+    pub pace: Pace,
     /// Created by the first request: an idle service has no series.
     metrics: OnceLock<Arc<ServiceMetrics>>,
     registry: DataMetrics,
@@ -78,6 +82,7 @@ impl ServiceStats {
             memory_byte_ms: AtomicU64::new(0),
             bytes_in: AtomicU64::new(0),
             bytes_out: AtomicU64::new(0),
+            pace: Pace::default(),
             metrics: OnceLock::new(),
             registry,
             log,
@@ -93,16 +98,17 @@ impl ServiceEntry {
         &self,
         preview: Option<VersionNumber>,
         headers: &HeaderMap,
-        request_id: &str,
+        request_id: &RequestId,
     ) -> Option<&Active> {
+        let sticky = self.sticky_header.as_ref();
+        let key = || match sticky.and_then(|name| headers.get(name)) {
+            Some(value) => value.as_bytes(),
+            None => request_id.as_bytes(),
+        };
         let choice = match preview {
             Some(number) => Choice::Preview(number),
-            None if !self.versions.is_split() => Choice::Shared(&[]),
-            None => {
-                let sticky = self.sticky_header.as_ref();
-                let key = sticky.and_then(|name| headers.get(name));
-                Choice::Shared(key.map_or(request_id.as_bytes(), |key| key.as_bytes()))
-            }
+            None if self.versions.is_split() => Choice::Shared(key()),
+            None => Choice::Shared(&[]),
         };
         self.versions.choose(self.id.get(), choice)
     }

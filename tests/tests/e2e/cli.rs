@@ -580,7 +580,8 @@ fn up_builds_a_project_and_prints_where_it_answers() {
     assert_eq!(ask().text(), "Hello from Insula\n");
 
     // What it says to type works as it stands, from another terminal.
-    let line = up.line("insula usage demo", Duration::from_secs(10));
+    // However the program under test is called.
+    let line = up.line(" usage demo", Duration::from_secs(10));
     let words = line
         .strip_prefix("and")
         .expect("a command")

@@ -76,6 +76,31 @@ fn what_changes_nothing_leaves_no_entry() {
 }
 
 #[test]
+fn the_audit_log_holds_no_value_of_an_environment() {
+    let dir = tempfile::tempdir().unwrap();
+    let rig = Rig::with_service(dir.path());
+    let spec = |value: &str| json!({"env": {"DATABASE_PASSWORD": value}}).to_string();
+    rig.put(WEB, &spec("hunter2")).expect(200);
+    rig.put(WEB, &spec("correct horse")).expect(200);
+    rig.delete(WEB).expect(204);
+    let log = rig.get("/v1/audit?limit=500").expect(200);
+    assert!(!log.body.contains("hunter2") && !log.body.contains("correct horse"));
+    let log = log.json();
+    let withheld = json!({"DATABASE_PASSWORD": "(withheld)"});
+    assert_eq!(log["items"][0]["operation"], "deleteService");
+    assert_eq!(log["items"][0]["before"]["env"], withheld);
+    let change = &log["items"][1];
+    assert_eq!(
+        (&change["before"]["env"], &change["after"]["env"]),
+        (&withheld, &withheld)
+    );
+    assert_ne!(
+        change["before"]["generation"], change["after"]["generation"],
+        "that something was changed is told"
+    );
+}
+
+#[test]
 fn an_answer_that_turned_out_untrue_is_forgotten() {
     let dir = tempfile::tempdir().unwrap();
     let rig = Rig::with_service(dir.path());

@@ -1,0 +1,40 @@
+//! The monitor of one full guest under KVM: memory, vCPUs, firmware tables, devices, and the loop
+//! that runs them. One process per machine, plain threads, no runtime.
+//!
+//! Must never depend on the host: it is told everything by values and by open descriptors, opens
+//! no path, and knows no tenant.
+//!
+//! **The guest is hostile from its first instruction.** Every value that it writes is checked
+//! where it is used, nothing that it does may panic the monitor, and what it does too often costs
+//! it its own time.
+//!
+//! * [`machine`]: what belongs together, and its life
+//! * [`config`]: what a machine is to be
+//! * [`boot`]: kernels, and what is in memory before the first instruction
+//! * [`acpi`]: the firmware tables
+//! * [`exit`]: why a machine ended
+//! * [`event`]: what threads and KVM wake each other with
+//! * [`layout`]: what is where in guest-physical memory
+//! * [`memory`]: guest memory, and the vectors through which files are read into it
+//! * [`threads`]: how threads are started, and where the jail hooks in
+//! * [`virtio`]: the MMIO transport, the queues, and the trait that a device implements
+#![deny(unsafe_code)]
+
+pub mod acpi;
+pub mod boot;
+pub mod config;
+mod devices;
+pub mod event;
+pub mod exit;
+mod kvm;
+pub mod layout;
+pub mod machine;
+pub mod memory;
+pub mod threads;
+mod vcpu;
+pub mod virtio;
+
+pub use devices::ConsoleCounts;
+pub use kvm::{Hypervisor, KvmError, OpenError};
+pub use machine::Machine;
+pub use vcpu::{ExitCounts, VcpuError};

@@ -1,0 +1,368 @@
+//! A machine: what belongs together, and its life.
+//!
+//! ```text
+//!              resume                pause
+//!   Paused ───────────▶ Running ───────────▶ Paused
+//!     │                    │
+//!     └────── stop ────────┴──▶ Stopped          (also when the guest ends it: see `ending`)
+//! ```
+//!
+//! A new machine is paused: all its threads exist, filters and all, and no instruction has run.
+//!
+//! *Pause*, in this order: vCPUs are parked; devices are brought to rest; the guest's clock is
+//! read. *Resume* is the reverse: the clock goes on from where it was read, devices work, vCPUs
+//! run. *Stop* ends vCPU threads, then the console's, then the devices': nobody is left who could
+//! notify them.
+
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd};
+use std::sync::Arc;
+use std::thread::JoinHandle;
+use std::time::Instant;
+
+use kvm_bindings::kvm_clock_data;
+
+use crate::acpi::{self, AcpiError};
+use crate::boot::{self, BootError};
+use crate::config::{Console, MachineConfig, VcpuCount};
+use crate::devices::{ConsoleCounts, Devices, SerialPort, feed};
+use crate::exit::{Ending, ExitReason};
+use crate::kvm::{Hypervisor, KvmError, VirtualMachine, cpuid, failed, msrs};
+use crate::layout;
+use crate::memory::{self, GuestMemory, MemoryError};
+use crate::threads::{ThreadKind, Threads};
+use crate::vcpu::{self, ExitCounts, Vcpu, VcpuError};
+use crate::virtio::{MmioTransport, VirtioDevice, WorkerError};
+
+/// Why a machine could not be made.
+#[derive(Debug, thiserror::Error)]
+pub enum BuildError {
+    /// KVM refused.
+    #[error(transparent)]
+    Kvm(#[from] KvmError),
+    /// No memory.
+    #[error(transparent)]
+    Memory(#[from] MemoryError),
+    /// Nothing to boot.
+    #[error(transparent)]
+    Boot(#[from] BootError),
+    /// No room for its tables.
+    #[error(transparent)]
+    Acpi(#[from] AcpiError),
+    /// A device could not be started.
+    #[error("virtio-{device}: {source}")]
+    Device {
+        /// Which.
+        device: &'static str,
+        /// Why.
+        source: WorkerError,
+    },
+    /// A vCPU could not be started.
+    #[error(transparent)]
+    Vcpu(#[from] VcpuError),
+    /// More devices than lines.
+    #[error(
+        "{count} virtio devices, and a machine has lines for {}",
+        layout::VIRTIO_DEVICES_MAX
+    )]
+    Devices {
+        /// How many.
+        count: usize,
+    },
+    /// More vCPUs than this KVM gives.
+    #[error("{count} vCPUs, and this KVM gives a machine {most}")]
+    Vcpus {
+        /// How many.
+        count: u8,
+        /// The most.
+        most: usize,
+    },
+    /// What each vCPU says of itself does not fit KVM's table.
+    #[error("this host's processor has more CPUID leaves than KVM takes")]
+    Cpuid,
+    /// A descriptor or a thread for the console.
+    #[error("starting the console: {0}")]
+    Console(io::Error),
+}
+
+/// Why a machine does not pause or resume.
+#[derive(Debug, thiserror::Error)]
+pub enum LifeError {
+    /// Not from here.
+    #[error("the machine is {phase}, and cannot {wanted}")]
+    Phase {
+        /// Where it is.
+        phase: Phase,
+        /// What was wanted.
+        wanted: &'static str,
+    },
+    /// A vCPU's thread is gone.
+    #[error(transparent)]
+    Vcpu(#[from] VcpuError),
+    /// A device's thread is gone.
+    #[error(transparent)]
+    Device(#[from] WorkerError),
+    /// The clock.
+    #[error(transparent)]
+    Kvm(#[from] KvmError),
+}
+
+/// Where a machine is in its life, as the host wants it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Phase {
+    /// No instruction runs.
+    Paused,
+    /// It runs; or it did, and the guest has ended it.
+    Running,
+    /// Its threads are gone.
+    Stopped,
+}
+
+impl std::fmt::Display for Phase {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Self::Paused => "paused",
+            Self::Running => "running",
+            Self::Stopped => "stopped",
+        })
+    }
+}
+
+/// What a machine did so far.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct MachineStatistics {
+    /// Of all vCPUs.
+    pub exits: ExitCounts,
+    /// Of the console.
+    pub console: ConsoleCounts,
+    /// For each device: its name, how often it stopped because its driver broke the rules or its
+    /// host side failed, and why it did last.
+    pub device_failures: Vec<(&'static str, u64, Option<String>)>,
+}
+
+/// One full guest. Dropping it stops it.
+#[derive(Debug)]
+pub struct Machine {
+    phase: Phase,
+    vcpus: Vec<Vcpu>,
+    console: Option<JoinHandle<Option<()>>>,
+    devices: Arc<Devices>,
+    ending: Arc<Ending>,
+    /// The guest's clock, while it is paused and has run before.
+    clock: Option<kvm_clock_data>,
+    /// Last: memory stays mapped until all that uses it is gone.
+    vm: VirtualMachine,
+}
+
+impl Machine {
+    /// Makes the machine, paused before its first instruction.
+    ///
+    /// # Errors
+    /// What is missing or refused; nothing is left behind.
+    pub fn new(
+        hypervisor: &Hypervisor,
+        config: MachineConfig,
+        threads: &Threads,
+    ) -> Result<Self, BuildError> {
+        let MachineConfig {
+            vcpus,
+            memory: size,
+            boot: mut source,
+            console,
+            devices,
+        } = config;
+        check(hypervisor, vcpus, devices.len())?;
+        let vm = VirtualMachine::new(hypervisor, memory::create(size)?)?;
+        let entry = boot::load(vm.memory(), size, &mut source)?;
+        boot::write_tables(vm.memory())?;
+        boot::write_reset_vector(vm.memory())?;
+        acpi::write(vm.memory(), vcpus, devices.len())?;
+
+        let ending = Arc::new(Ending::new().map_err(BuildError::Console)?);
+        let Console { output, input } = console;
+        let serial = SerialPort::new(vm.line(layout::COM1_GSI)?, output);
+        let serial = Arc::new(serial.map_err(BuildError::Console)?);
+        let devices = start_devices(&vm, devices, threads)?;
+        let devices = Arc::new(Devices::new(serial, devices));
+
+        let topology = cpuid::Topology::new(vcpus);
+        let supported = cpuid::supported(hypervisor)?;
+        let mut started = Vec::with_capacity(usize::from(vcpus.get()));
+        for number in 0..vcpus.get() {
+            let fd = vm.create_vcpu(number)?;
+            let leaves = cpuid::for_vcpu(&supported, topology, number);
+            fd.set_cpuid2(&leaves.ok_or(BuildError::Cpuid)?)
+                .map_err(failed("KVM_SET_CPUID2"))?;
+            msrs::set_first(&fd)?;
+            // The others wait for the first one's INIT and SIPI.
+            if number == 0 {
+                vcpu::set_registers(&fd, entry)?;
+            }
+            let (devices, ending) = (Arc::clone(&devices), Arc::clone(&ending));
+            started.push(Vcpu::spawn(number, fd, devices, ending, threads)?);
+        }
+        let mut machine = Self {
+            phase: Phase::Paused,
+            vcpus: started,
+            console: None,
+            devices,
+            ending,
+            clock: None,
+            vm,
+        };
+        if let Some(input) = input {
+            let port = Arc::clone(machine.devices.serial());
+            let console = threads.spawn(ThreadKind::Console, move || feed(&port, &input));
+            machine.console = Some(console.map_err(BuildError::Console)?);
+        }
+        Ok(machine)
+    }
+
+    /// Runs, for the first time or again.
+    ///
+    /// # Errors
+    /// It is not paused, or a thread is gone.
+    pub fn resume(&mut self) -> Result<(), LifeError> {
+        self.expect(Phase::Paused, "resume")?;
+        if let Some(clock) = self.clock.take() {
+            let clock = kvm_clock_data {
+                clock: clock.clock,
+                ..kvm_clock_data::default()
+            };
+            let set = self.vm.fd().set_clock(&clock);
+            set.map_err(failed("KVM_SET_CLOCK"))?;
+        }
+        for device in self.devices.virtio() {
+            device.release()?;
+        }
+        for vcpu in &self.vcpus {
+            vcpu.run()?;
+        }
+        self.phase = Phase::Running;
+        Ok(())
+    }
+
+    /// Brings all to rest. The guest's clock stands still.
+    ///
+    /// # Errors
+    /// It is not running, or a thread is gone.
+    pub fn pause(&mut self) -> Result<(), LifeError> {
+        self.expect(Phase::Running, "pause")?;
+        let parking: Result<Vec<_>, _> = self.vcpus.iter().map(Vcpu::park).collect();
+        for parking in parking? {
+            parking.wait()?;
+        }
+        for device in self.devices.virtio() {
+            device.hold()?;
+        }
+        let clock = self.vm.fd().get_clock();
+        self.clock = Some(clock.map_err(failed("KVM_GET_CLOCK"))?);
+        self.phase = Phase::Paused;
+        Ok(())
+    }
+
+    /// Waits until the machine is over, by guest or host. `None` if it is not by then.
+    #[must_use]
+    pub fn wait(&self, deadline: Option<Instant>) -> Option<ExitReason> {
+        self.ending.wait(deadline)
+    }
+
+    /// Readable once the machine is over: for a loop that also listens to others.
+    #[must_use]
+    pub fn ended(&self) -> BorrowedFd<'_> {
+        self.ending.event().as_fd()
+    }
+
+    /// Ends it, if it is not over, and all its threads. Returns why it ended first.
+    pub fn stop(&mut self) -> ExitReason {
+        self.ending.end(ExitReason::Stopped);
+        self.vcpus.clear();
+        self.devices.serial().stop();
+        if let Some(console) = self.console.take() {
+            let _ = console.join();
+        }
+        self.phase = Phase::Stopped;
+        self.ending.reason().unwrap_or(ExitReason::Stopped)
+    }
+
+    /// Its memory, which the guest may change at any time.
+    #[must_use]
+    pub fn memory(&self) -> &GuestMemory {
+        self.vm.memory()
+    }
+
+    /// Where it is.
+    #[must_use]
+    pub fn phase(&self) -> Phase {
+        self.phase
+    }
+
+    /// What it did so far. After [`stop`](Self::stop) the exits are gone with the vCPUs.
+    #[must_use]
+    pub fn statistics(&self) -> MachineStatistics {
+        let exits = self.vcpus.iter().map(Vcpu::exits);
+        let failures = self.devices.virtio().map(|device| {
+            let (count, why) = device.failures();
+            (device.kind().name(), count, why)
+        });
+        MachineStatistics {
+            exits: exits.fold(ExitCounts::default(), |sum, one| sum + one),
+            console: self.devices.serial().counts(),
+            device_failures: failures.collect(),
+        }
+    }
+
+    fn expect(&self, phase: Phase, wanted: &'static str) -> Result<(), LifeError> {
+        if self.phase == phase {
+            return Ok(());
+        }
+        Err(LifeError::Phase {
+            phase: self.phase,
+            wanted,
+        })
+    }
+}
+
+impl Drop for Machine {
+    fn drop(&mut self) {
+        self.stop();
+    }
+}
+
+fn check(hypervisor: &Hypervisor, vcpus: VcpuCount, devices: usize) -> Result<(), BuildError> {
+    let most = hypervisor.vcpus_max();
+    if usize::from(vcpus.get()) > most {
+        let count = vcpus.get();
+        return Err(BuildError::Vcpus { count, most });
+    }
+    if devices > layout::VIRTIO_DEVICES_MAX {
+        return Err(BuildError::Devices { count: devices });
+    }
+    Ok(())
+}
+
+/// Gives each device its slot, its line, and its notifications.
+fn start_devices(
+    vm: &VirtualMachine,
+    devices: Vec<Box<dyn VirtioDevice>>,
+    threads: &Threads,
+) -> Result<Vec<MmioTransport>, BuildError> {
+    let count = devices.len();
+    let mut started = Vec::with_capacity(count);
+    for (slot, device) in devices.into_iter().enumerate() {
+        let name = device.kind().name();
+        let place = layout::virtio_slot(slot);
+        let (base, gsi) = place.ok_or(BuildError::Devices { count })?;
+        let line = vm.line(gsi)?;
+        let transport = MmioTransport::new(device, vm.memory().clone(), line, threads);
+        let transport = transport.map_err(|source| BuildError::Device {
+            device: name,
+            source,
+        })?;
+        for (queue, notification) in (0_u32..).zip(transport.notifications()) {
+            vm.catch_writes(notification, MmioTransport::notify_address(base), queue);
+        }
+        started.push(transport);
+    }
+    Ok(started)
+}
