@@ -31,6 +31,8 @@ pub mod blobs;
 pub mod dir;
 pub mod health;
 mod records;
+#[cfg(test)]
+mod specification;
 pub mod sqlite;
 #[cfg(test)]
 mod tests;

@@ -49,21 +49,15 @@ pub(super) fn add(
     parts: &[(TenantId, ServiceId, UsageTotals)],
 ) -> Result<(), StoreError> {
     for (tenant, service, totals) in parts {
-        let exists = |sql: &str, id: u64| -> Result<bool, StoreError> {
-            Ok(write
-                .prepare_cached(sql)?
-                .query_row([int(id)], |row| row.get(0))?)
-        };
-        if !exists(
-            "SELECT EXISTS (SELECT 1 FROM tenants WHERE id = ?1)",
-            tenant.get(),
-        )? {
+        let known: bool = write
+            .prepare_cached("SELECT EXISTS (SELECT 1 FROM tenants WHERE id = ?1)")?
+            .query_row([int(tenant.get())], |row| row.get(0))?;
+        if !known {
             continue;
         }
-        let alive = exists(
-            "SELECT EXISTS (SELECT 1 FROM services WHERE id = ?1)",
-            service.get(),
-        )?;
+        let alive: bool = write
+            .prepare_cached("SELECT EXISTS (SELECT 1 FROM services WHERE id = ?1 AND tenant = ?2)")?
+            .query_row([int(service.get()), int(tenant.get())], |row| row.get(0))?;
         add_one(
             write,
             *tenant,
