@@ -352,14 +352,35 @@ impl TestHost {
 
     /// Kills the host at once and starts another on the same data.
     pub fn crash_and_restart(&self) {
-        self.process(|process| process.signal(Signal::KILL));
-        let _ = self.ended();
+        self.kill();
         self.start_again();
     }
 
-    fn start_again(&self) {
+    /// Kills the host at once.
+    pub fn kill(&self) {
+        self.process(|process| process.signal(Signal::KILL));
+        let _ = self.ended();
+    }
+
+    /// Starts a host that has ended again, on the same data.
+    pub fn start_again(&self) {
         let process = Process::start(self.shared.root.path(), &self.shared.args, &self.shared.env);
         *lock(&self.shared.process) = Some(process);
+    }
+
+    /// Starts a host that has ended again, and kills it after some time, whatever it is at.
+    ///
+    /// # Panics
+    /// When it ended by itself before.
+    pub fn kill_while_it_starts(&self, after: Duration) {
+        let shared = &self.shared;
+        let (mut process, _stdout) = Process::spawn(shared.root.path(), &shared.args, &shared.env);
+        std::thread::sleep(after);
+        let ended = process.child.try_wait().expect("a child");
+        process.signal(Signal::KILL);
+        let _ = process.wait(END_WITHIN);
+        lock(&self.shared.said).push_str(&lock(&process.log));
+        assert!(ended.is_none(), "it ended by itself:\n{}", self.said());
     }
 
     /// Files in a folder of the data directory, and below it.
@@ -385,7 +406,20 @@ impl TestHost {
 }
 
 impl Process {
+    /// Starts a host and waits until it says that it is ready.
     fn start(root: &Path, args: &[String], env: &[(String, OsString)]) -> Self {
+        let (mut process, stdout) = Self::spawn(root, args, env);
+        match announced(stdout) {
+            Some((ingress, admin)) => (process.ingress, process.admin) = (ingress, admin),
+            None => {
+                let status = process.wait(START_WITHIN);
+                panic!("the host did not start ({status}):\n{}", lock(&process.log));
+            }
+        }
+        process
+    }
+
+    fn spawn(root: &Path, args: &[String], env: &[(String, OsString)]) -> (Self, ChildStdout) {
         let mut command = Command::new(guests::insula());
         command.arg("serve").arg("--data").arg(root.join(DATA));
         command.env("XDG_RUNTIME_DIR", root.join(RUN));
@@ -408,21 +442,14 @@ impl Process {
         let sink = Arc::clone(&log);
         let stderr = std::thread::spawn(move || gather(stderr, &sink));
         let stdout = child.stdout.take().expect("a pipe");
-        let mut process = Self {
+        let process = Self {
             child,
             ingress: SocketAddr::from(([0; 4], 0)),
             admin: SocketAddr::from(([0; 4], 0)),
             stderr: Some(stderr),
             log,
         };
-        match announced(stdout) {
-            Some((ingress, admin)) => (process.ingress, process.admin) = (ingress, admin),
-            None => {
-                let status = process.wait(START_WITHIN);
-                panic!("the host did not start ({status}):\n{}", lock(&process.log));
-            }
-        }
-        process
+        (process, stdout)
     }
 
     fn signal(&self, signal: Signal) {

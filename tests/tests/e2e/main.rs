@@ -9,6 +9,7 @@ mod durable;
 mod fuel;
 mod hostile;
 mod ingress;
+mod kills;
 mod logs;
 mod main_job;
 mod measured;
