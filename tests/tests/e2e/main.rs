@@ -15,6 +15,7 @@ mod main_job;
 mod measured;
 mod prometheus;
 mod python;
+mod roles;
 mod samples;
 mod streaming;
 mod traffic;
