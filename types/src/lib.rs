@@ -7,15 +7,21 @@
 //! * [`name`]: names of tenants and services, digests, version numbers, internal ids
 //! * [`quantity`]: CPU, bytes, fuel and durations, in the notation of Kubernetes
 //! * [`spec`]: what a caller asks for (tenant and service specs), checked with all mistakes at once
+//! * [`rollback`]: when the host takes a new version back by itself
+//! * [`traffic`]: how a service's requests are divided among its versions
 //! * [`outcome`]: how a request can end, in the words that metrics, logs and problems share
 #![forbid(unsafe_code)]
 
 pub mod name;
 pub mod outcome;
 pub mod quantity;
+pub mod rollback;
 pub mod spec;
+pub mod traffic;
 
 pub use name::{Digest, ServiceId, ServiceName, TenantId, TenantName, VersionNumber};
 pub use outcome::Outcome;
 pub use quantity::{Bytes, Fuel, Millicores, Millis, Shares};
+pub use rollback::AutoRollback;
 pub use spec::{ServiceSpec, TenantSpec};
+pub use traffic::{StickyHeader, Traffic};
