@@ -25,6 +25,7 @@ pub mod block;
 mod config_space;
 mod device;
 mod interrupt;
+pub mod net;
 pub mod queue;
 pub mod rng;
 mod status;

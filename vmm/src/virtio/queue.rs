@@ -194,6 +194,8 @@ pub(super) struct Ring {
     pub(super) spec: QueueSpec,
     /// What the driver's notifications arrive on; also how a device calls itself back.
     pub(super) notification: Event,
+    /// Something was given back since the driver was last told, or not told as it wished.
+    pub(super) pushed: bool,
 }
 
 impl Queues {
@@ -265,6 +267,7 @@ impl Queues {
         let written = written.min(chain.writable_bytes);
         let memory = &self.memory;
         let ring = ring_mut(&mut self.rings, index)?;
+        ring.pushed = true;
         ring.queue
             .add_used(memory, chain.head, written)
             .map_err(|error| broken(index, &error))
@@ -277,6 +280,9 @@ impl Queues {
     pub fn notify(&mut self, index: usize) -> Result<(), QueueError> {
         let memory = &self.memory;
         let ring = ring_mut(&mut self.rings, index)?;
+        if !std::mem::take(&mut ring.pushed) {
+            return Ok(());
+        }
         let wanted = ring.queue.needs_notification(memory);
         if wanted.map_err(|error| broken(index, &error))? {
             self.interrupt.buffers_used();
