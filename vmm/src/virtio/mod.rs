@@ -34,6 +34,7 @@ pub(crate) mod testing;
 mod transport;
 #[cfg(test)]
 mod transport_tests;
+pub mod vsock;
 mod worker;
 
 pub use config_space::ConfigSpace;
