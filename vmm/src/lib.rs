@@ -34,7 +34,7 @@ pub mod threads;
 mod vcpu;
 pub mod virtio;
 
-pub use devices::ConsoleCounts;
+pub use devices::{ConsoleCounts, GenerationError};
 pub use kvm::{Hypervisor, KvmError, OpenError};
 pub use machine::Machine;
 pub use vcpu::{ExitCounts, VcpuError};

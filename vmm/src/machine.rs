@@ -25,7 +25,7 @@ use kvm_bindings::kvm_clock_data;
 use crate::acpi::{self, AcpiError};
 use crate::boot::{self, BootError};
 use crate::config::{Console, MachineConfig, VcpuCount};
-use crate::devices::{ConsoleCounts, Devices, SerialPort, feed};
+use crate::devices::{ConsoleCounts, Devices, GenerationError, GenerationId, SerialPort, feed};
 use crate::exit::{Ending, ExitReason};
 use crate::kvm::{Hypervisor, KvmError, VirtualMachine, cpuid, failed, msrs};
 use crate::layout;
@@ -57,6 +57,9 @@ pub enum BuildError {
         /// Why.
         source: WorkerError,
     },
+    /// No generation id.
+    #[error(transparent)]
+    Generation(#[from] GenerationError),
     /// A vCPU could not be started.
     #[error(transparent)]
     Vcpu(#[from] VcpuError),
@@ -147,6 +150,7 @@ pub struct Machine {
     vcpus: Vec<Vcpu>,
     console: Option<JoinHandle<Option<()>>>,
     devices: Arc<Devices>,
+    generation: GenerationId,
     ending: Arc<Ending>,
     /// The guest's clock, while it is paused and has run before.
     clock: Option<kvm_clock_data>,
@@ -177,6 +181,8 @@ impl Machine {
         boot::write_tables(vm.memory())?;
         boot::write_reset_vector(vm.memory())?;
         acpi::write(vm.memory(), vcpus, devices.len())?;
+        let generation = GenerationId::new(vm.line(layout::EVENT_GSI)?);
+        generation.set(vm.memory())?;
 
         let ending = Arc::new(Ending::new().map_err(BuildError::Console)?);
         let Console { output, input } = console;
@@ -206,6 +212,7 @@ impl Machine {
             vcpus: started,
             console: None,
             devices,
+            generation,
             ending,
             clock: None,
             vm,
@@ -283,6 +290,15 @@ impl Machine {
         }
         self.phase = Phase::Stopped;
         self.ending.reason().unwrap_or(ExitReason::Stopped)
+    }
+
+    /// Gives it another generation id, and tells the guest: for a machine whose state was used
+    /// before, so that it draws other random numbers than the one that used it.
+    ///
+    /// # Errors
+    /// There is no entropy.
+    pub fn renew_generation(&self) -> Result<(), GenerationError> {
+        self.generation.renew(self.vm.memory())
     }
 
     /// Its memory, which the guest may change at any time.
