@@ -1,0 +1,22 @@
+//! The monitor of one full guest under KVM: memory, vCPUs, firmware tables, devices, and the loop
+//! that runs them. One process per machine, plain threads, no runtime.
+//!
+//! Must never depend on the host: it is told everything by values and by open descriptors, opens
+//! no path, and knows no tenant.
+//!
+//! **The guest is hostile from its first instruction.** Every value that it writes is checked
+//! where it is used, nothing that it does may panic the monitor, and what it does too often costs
+//! it its own time.
+//!
+//! * [`event`]: what threads and KVM wake each other with
+//! * [`layout`]: what is where in guest-physical memory
+//! * [`memory`]: guest memory, and the vectors through which files are read into it
+//! * [`threads`]: how threads are started, and where the jail hooks in
+//! * [`virtio`]: the MMIO transport, the queues, and the trait that a device implements
+#![deny(unsafe_code)]
+
+pub mod event;
+pub mod layout;
+pub mod memory;
+pub mod threads;
+pub mod virtio;
