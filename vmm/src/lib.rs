@@ -9,14 +9,20 @@
 //! it its own time.
 //!
 //! * [`event`]: what threads and KVM wake each other with
+//! * [`jail`]: what the process does to itself before the first guest instruction
 //! * [`layout`]: what is where in guest-physical memory
+//! * [`machine`]: the life of a machine, one enum and one transition function
 //! * [`memory`]: guest memory, and the vectors through which files are read into it
+//! * [`rate_limiter`]: token buckets for bytes and operations
 //! * [`threads`]: how threads are started, and where the jail hooks in
 //! * [`virtio`]: the MMIO transport, the queues, and the trait that a device implements
 #![deny(unsafe_code)]
 
 pub mod event;
+pub mod jail;
 pub mod layout;
+pub mod machine;
 pub mod memory;
+pub mod rate_limiter;
 pub mod threads;
 pub mod virtio;
