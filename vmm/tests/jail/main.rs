@@ -131,7 +131,8 @@ fn as_root_every_measure_holds() -> Outcome {
     }
     expect(&seen, "cgroup", "not asked for")?;
     // What was there before and is not any more.
-    expect(&seen, "before-leak", &format!("{} open", leak.as_raw_fd()))?;
+    let leaked = format!("before-descriptor-{}", leak.as_raw_fd());
+    expect(&seen, &leaked, "open")?;
     expect(&seen, "before-passwd", "read")?;
     expect(&seen, "before-loopback", "connected")?;
     expect(&seen, "after-descriptors", "0,1,2")?;

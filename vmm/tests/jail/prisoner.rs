@@ -117,7 +117,7 @@ fn open_descriptors() -> Vec<i32> {
 
 fn look() -> io::Result<()> {
     for leak in open_descriptors().into_iter().filter(|open| *open > 2) {
-        say("before-leak", format!("{leak} open"))?;
+        say(&format!("before-descriptor-{leak}"), "open")?;
     }
     say("before-passwd", passwd())?;
     say("before-loopback", loopback())?;
