@@ -1,4 +1,6 @@
-//! Which cores the servers run on, and which the client.
+//! Which cores the servers run on, and which the client; and which of them goes first.
+
+use std::process::{Command, Stdio};
 
 use anyhow::{Context, Result, bail};
 use clap::ValueEnum;
@@ -111,4 +113,34 @@ pub(crate) fn while_bound<T>(cores: &Cores, work: impl FnOnce() -> Result<T>) ->
     let result = work();
     before.bind()?;
     result
+}
+
+/// Whom the kernel lets run first where two want a core.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Priority {
+    Ordinary,
+    /// SCHED_FIFO with this of its 99 levels.
+    RealTime(u8),
+}
+
+impl Priority {
+    /// Who keeps a pace: above everything ordinary, below what the kernel needs.
+    pub(crate) const PACE: Self = Self::RealTime(10);
+    /// Who only presses: below those who keep a pace.
+    pub(crate) const PRESS: Self = Self::RealTime(5);
+
+    /// Asks util-linux for it, for the calling thread. Without the right to it all goes on as
+    /// before, and `false` says so.
+    pub(crate) fn take(self) -> bool {
+        let Self::RealTime(level) = self else {
+            return true;
+        };
+        let thread = rustix::thread::gettid().as_raw_nonzero().to_string();
+        Command::new("chrt")
+            .args(["--fifo", "--pid", &level.to_string(), &thread])
+            .stdout(Stdio::null())
+            .stderr(Stdio::null())
+            .status()
+            .is_ok_and(|status| status.success())
+    }
 }

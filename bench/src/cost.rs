@@ -9,6 +9,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result};
 
+use crate::common::{HELLO, count};
 use crate::cores::{Layout, Places};
 use crate::load::{self, Plan};
 use crate::peers::{self, Missing};
@@ -18,7 +19,6 @@ use crate::{report, say};
 
 const CONNECTIONS: usize = 32;
 const WARM_UP: Duration = Duration::from_secs(1);
-const EXPECTED: &[u8] = b"Hello from Insula\n";
 
 /// Options of `cost`.
 #[derive(Debug, clap::Args)]
@@ -150,7 +150,7 @@ fn bed(
         wasmtime,
         places: Places::of(layout)?,
         scratch: scratch.to_owned(),
-        expected: EXPECTED.to_vec(),
+        expected: HELLO.to_vec(),
     })
 }
 
@@ -237,11 +237,4 @@ fn measure(
         elsewhere: other.as_secs_f64() / (elapsed * cores),
     };
     Ok((sample, outcome.real_time || layout == Layout::Split))
-}
-
-/// Counts of a run are far below 2^52, where this would begin to round.
-fn count(number: u64) -> f64 {
-    #[allow(clippy::cast_precision_loss, reason = "far below 2^52")]
-    let count = number as f64;
-    count
 }

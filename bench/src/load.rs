@@ -12,7 +12,6 @@
 use std::io::{ErrorKind, Read, Write};
 use std::net::{SocketAddr, TcpStream};
 use std::os::fd::OwnedFd;
-use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
@@ -20,7 +19,7 @@ use hdrhistogram::Histogram;
 use rustix::event::epoll;
 use rustix::time::{ClockId, Timespec, clock_gettime};
 
-use crate::cores::{Cores, Layout};
+use crate::cores::{Cores, Layout, Priority};
 use crate::response;
 
 /// Longest response.
@@ -38,8 +37,6 @@ const TICK: Timespec = Timespec {
 /// Latencies are told apart up to a minute, to three digits.
 const LATENCY_MAX_NS: u64 = 60_000_000_000;
 const LATENCY_DIGITS: u8 = 3;
-/// Of the 99 that SCHED_FIFO has: above everything ordinary, below what the kernel needs.
-const REAL_TIME_PRIORITY: &str = "10";
 
 /// What to ask, how often, for how long.
 #[derive(Debug, Clone)]
@@ -80,24 +77,13 @@ pub(crate) fn run<P: Send>(
     std::thread::scope(|scope| {
         let client = scope.spawn(|| {
             plan.cores.bind()?;
-            let real_time = plan.layout == Layout::Shared && become_real_time();
+            let real_time = plan.layout == Layout::Shared && Priority::PACE.take();
             Client::new(plan)?.run(plan, probe, real_time)
         });
         client
             .join()
             .unwrap_or_else(|_| bail!("the client panicked"))
     })
-}
-
-/// Asks util-linux for SCHED_FIFO for this thread; without the right to it all goes on as before.
-fn become_real_time() -> bool {
-    let thread = rustix::thread::gettid().as_raw_nonzero().to_string();
-    Command::new("chrt")
-        .args(["--fifo", "--pid", REAL_TIME_PRIORITY, &thread])
-        .stdout(Stdio::null())
-        .stderr(Stdio::null())
-        .status()
-        .is_ok_and(|status| status.success())
 }
 
 fn thread_cpu() -> Duration {

@@ -7,25 +7,39 @@
 //! * [`servers`]: who takes part, and how each is started; [`insula`] and [`floor`] in particular
 //! * [`load`], [`response`]: the client
 //! * [`process`], [`cores`]: processes that we start, what they used, and where they may run
-//! * [`report`], [`plot`], [`stats`]: what is made of it
+//! * [`report`], [`page`], [`plot`], [`stats`]: what is made of it
 //!
 //! It looks at all servers from outside, through their sockets and the kernel's books, and depends
 //! on no crate of ours. All traffic stays on the loopback interface.
 #![forbid(unsafe_code)]
 
+mod books;
+mod common;
 mod cores;
 mod cost;
+mod crowd;
+mod density;
 mod floor;
 mod http;
 mod insula;
 mod load;
+mod metering;
+mod neighbour;
+mod open_loop;
+mod overload;
+mod page;
 mod peers;
 mod plot;
 mod process;
+mod promise;
 mod report;
 mod response;
 mod servers;
+mod shares;
 mod stats;
+mod targets;
+mod wire;
+mod workerd;
 
 use std::io::Write;
 use std::process::ExitCode;
@@ -44,6 +58,16 @@ struct Arguments {
 enum Verb {
     /// Server CPU per request of `hello`: a fresh instance for each, everything on
     Cost(cost::Options),
+    /// What a service feels of those that it shares a host with
+    Neighbour(neighbour::Options),
+    /// Whether a tenant gets what its shares, its reservation and its limit say
+    Shares(shares::Options),
+    /// What becomes of others when one tenant asks for three times what there is
+    Overload(overload::Options),
+    /// Ten thousand services, of which hardly any is asked
+    Density(density::Options),
+    /// What fuel costs on seven small computations
+    Metering(metering::Options),
     /// The floor: raw hyper, no Wasm. `cost` starts it for itself
     #[command(hide = true)]
     Floor(floor::Options),
@@ -52,6 +76,11 @@ enum Verb {
 fn main() -> ExitCode {
     let result = match Arguments::parse().verb {
         Verb::Cost(options) => cost::run(&options),
+        Verb::Neighbour(options) => neighbour::run(&options),
+        Verb::Shares(options) => shares::run(&options),
+        Verb::Overload(options) => overload::run(&options),
+        Verb::Density(options) => density::run(&options),
+        Verb::Metering(options) => metering::run(&options),
         Verb::Floor(options) => floor::run(&options),
     };
     match result {

@@ -9,6 +9,8 @@ use crate::stats::Spread;
 pub(crate) struct Bar {
     pub(crate) name: String,
     pub(crate) figure: Spread,
+    /// What is written behind it in the place of its figure.
+    pub(crate) words: Option<String>,
     pub(crate) ours: bool,
 }
 
@@ -21,8 +23,10 @@ pub(crate) struct Group {
 
 const WIDTH: f64 = 760.0;
 const MARGIN: f64 = 16.0;
-/// Where bars begin, and the room behind the longest for its figure.
+/// Where bars begin at the earliest, and the room behind the longest for its figure.
 const NAMES: f64 = 210.0;
+/// No letter of the usual fonts is wider on average.
+const LETTER: f64 = 7.0;
 const FIGURES: f64 = 90.0;
 const BAR: f64 = 20.0;
 const STEP: f64 = 28.0;
@@ -39,7 +43,12 @@ text{font:13px system-ui,sans-serif;fill:#24292f}\
 pub(crate) fn bars(title: &str, unit: &str, groups: &[Group]) -> String {
     let all = groups.iter().flat_map(|group| &group.bars);
     let most = all.map(|bar| bar.figure.most).fold(1.0, f64::max);
-    let scale = (WIDTH - NAMES - FIGURES) / most;
+    let letters = groups.iter().flat_map(|group| &group.bars).map(|bar| {
+        let letters = u16::try_from(bar.name.chars().count()).unwrap_or(u16::MAX);
+        f64::from(letters) * LETTER + MARGIN + 10.0
+    });
+    let names = letters.fold(NAMES, f64::max);
+    let scale = (WIDTH - names - FIGURES) / most;
     let mut body = String::new();
     let mut y = MARGIN + 14.0;
     text(&mut body, (MARGIN, y), "title", "start", title);
@@ -52,7 +61,7 @@ pub(crate) fn bars(title: &str, unit: &str, groups: &[Group]) -> String {
             let (least, median, most) = (bar.figure.least, bar.figure.median, bar.figure.most);
             text(
                 &mut body,
-                (NAMES - 10.0, middle + 4.5),
+                (names - 10.0, middle + 4.5),
                 "",
                 "end",
                 &bar.name,
@@ -60,17 +69,18 @@ pub(crate) fn bars(title: &str, unit: &str, groups: &[Group]) -> String {
             let class = if bar.ours { "bar ours" } else { "bar" };
             let _ = writeln!(
                 body,
-                r#"<rect class="{class}" x="{NAMES}" y="{y}" width="{:.1}" height="{BAR}"/>"#,
+                r#"<rect class="{class}" x="{names}" y="{y}" width="{:.1}" height="{BAR}"/>"#,
                 median * scale
             );
             let _ = writeln!(
                 body,
                 r#"<line class="spread" x1="{:.1}" x2="{:.1}" y1="{middle}" y2="{middle}"/>"#,
-                NAMES + least * scale,
-                NAMES + most * scale
+                names + least * scale,
+                names + most * scale
             );
-            let figure = format!("{median:.1} {unit}");
-            let end = NAMES + most * scale + 8.0;
+            let figure = bar.words.clone();
+            let figure = figure.unwrap_or_else(|| format!("{median:.1} {unit}"));
+            let end = names + most * scale + 8.0;
             text(&mut body, (end, middle + 4.5), "", "start", &figure);
             y += STEP;
         }
@@ -108,6 +118,7 @@ mod tests {
         let bar = |name: &str, median: f64| Bar {
             name: name.to_owned(),
             figure: Spread::of([median]).unwrap(),
+            words: (median > 50.0).then(|| "<much>".to_owned()),
             ours: false,
         };
         let group = Group {
@@ -117,6 +128,12 @@ mod tests {
         let svg = bars("t", "µs", &[group]);
         assert!(svg.contains("a &lt; b"));
         assert!(svg.contains(r#"width="460.0""#) && svg.contains(r#"width="46.0""#));
-        assert!(svg.contains("100.0 µs"));
+        assert!(svg.contains("10.0 µs") && svg.contains("&lt;much&gt;"));
+        assert!(!svg.contains("100.0 µs"));
+        let long = Group {
+            title: String::new(),
+            bars: vec![bar(&"n".repeat(40), 10.0)],
+        };
+        assert!(bars("t", "µs", &[long]).contains(r#"x="306" y="#));
     }
 }

@@ -85,6 +85,12 @@ impl Running {
         lines[lines.len().saturating_sub(5)..].join(" | ")
     }
 
+    /// Ends it at once: for a server that is beyond being asked.
+    pub(crate) fn kill(mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+
     fn end(&mut self) {
         let pid = i32::try_from(self.child.id()).ok().and_then(Pid::from_raw);
         if !matches!(self.child.try_wait(), Ok(None)) {
@@ -198,6 +204,16 @@ pub(crate) fn tree_cpu(root: u32) -> Result<CpuTime> {
     Ok(sum)
 }
 
+/// What a process has of the machine's memory now, in KiB, as `/proc/PID/status` has it (proc(5)).
+pub(crate) fn resident_kib(process: u32) -> Result<u64> {
+    let path = format!("/proc/{process}/status");
+    let text = fs::read_to_string(&path).with_context(|| path.clone())?;
+    let line = text.lines().find_map(|line| line.strip_prefix("VmRSS:"));
+    let figure = line.and_then(|line| line.split_whitespace().next());
+    let figure = figure.with_context(|| format!("{path} has no VmRSS"))?;
+    Ok(figure.parse()?)
+}
+
 /// How long some cores were not idle so far, whoever used them, the hypervisor included.
 pub(crate) fn busy(cores: &Cores) -> Result<Duration> {
     Ok(ticks(busy_ticks(&fs::read_to_string("/proc/stat")?, cores)))
@@ -219,6 +235,72 @@ fn busy_ticks(stat: &str, cores: &Cores) -> u64 {
         }
     }
     sum
+}
+
+/// What the server, we, and everybody else take of some cores between two moments.
+#[derive(Debug, Clone)]
+pub(crate) struct Meter {
+    server: u32,
+    cores: Cores,
+    began: Instant,
+    before: Books,
+}
+
+#[derive(Debug, Clone, Copy)]
+struct Books {
+    server: CpuTime,
+    /// This process and all that it started, the server included.
+    ours: CpuTime,
+    busy: Duration,
+}
+
+impl Books {
+    fn now(server: u32, cores: &Cores) -> Result<Self> {
+        Ok(Self {
+            server: tree_cpu(server)?,
+            ours: tree_cpu(std::process::id())?,
+            busy: busy(cores)?,
+        })
+    }
+}
+
+/// What a [`Meter`] found.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Metered {
+    pub(crate) elapsed: Duration,
+    pub(crate) server: CpuTime,
+    /// What part of the cores went to neither us nor what we started.
+    pub(crate) elsewhere: f64,
+}
+
+impl Metered {
+    /// Server CPU as a part of one core.
+    pub(crate) fn server_cores(&self) -> f64 {
+        self.server.total().as_secs_f64() / self.elapsed.as_secs_f64()
+    }
+}
+
+impl Meter {
+    pub(crate) fn begin(server: u32, cores: &Cores) -> Result<Self> {
+        Ok(Self {
+            server,
+            cores: cores.clone(),
+            before: Books::now(server, cores)?,
+            began: Instant::now(),
+        })
+    }
+
+    pub(crate) fn end(&self) -> Result<Metered> {
+        let (elapsed, after) = (self.began.elapsed(), Books::now(self.server, &self.cores)?);
+        let busy = after.busy.saturating_sub(self.before.busy);
+        let other = busy.saturating_sub((after.ours - self.before.ours).total());
+        let cores = f64::from(u32::try_from(self.cores.count())?);
+        Ok(Metered {
+            elapsed,
+            server: after.server - self.before.server,
+            elsewhere: other.as_secs_f64() / (elapsed.as_secs_f64() * cores),
+        })
+    }
 }
 
 #[cfg(test)]
@@ -244,5 +326,6 @@ mod tests {
             assert!(begun.elapsed() < Duration::from_secs(10));
         }
         assert!(tree_cpu(u32::MAX).is_err());
+        assert!(resident_kib(std::process::id()).unwrap() > 100);
     }
 }

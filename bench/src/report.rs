@@ -1,34 +1,18 @@
-//! `docs/benchmarks.md`: a section per subcommand, each replaced by the run that made it and left
-//! alone by all others.
+//! What `cost` found out, as its section of the page.
 
 use std::fmt::Write as _;
-use std::fs;
 use std::path::Path;
-use std::process::Command;
 
-use anyhow::{Context, Result};
+use anyhow::Result;
 
 use crate::cost::{Sample, Series};
+use crate::page::{self, DISTURBED, thousands, time};
+use crate::plot;
 use crate::plot::{Bar, Group};
 use crate::servers::{Contestant, pooled_flags, tuned_flags};
 use crate::stats::Spread;
-use crate::{peers, plot, say};
 
-const PAGE: &str = "benchmarks.md";
 const COST_PLOT: &str = "cost.svg";
-/// Above this, throughput and latency are those of a machine that did other things as well.
-const DISTURBED_PERCENT: f64 = 5.0;
-
-/// What stands above all sections of a new page.
-const PREAMBLE: &str = "\
-# Benchmarks
-
-Every section is written by the command that it names, from one run in which all servers take \
-turns on the same cores with the same client. Figures are medians of the rounds, with the least \
-and the largest in brackets. Times differ between machines, and between a quiet and a busy hour of \
-one; the ratios are what to look at.
-";
-
 /// The outcome of `cost`.
 #[derive(Debug)]
 pub(crate) struct Cost<'a> {
@@ -72,13 +56,7 @@ impl Cost<'_> {
              each, their order moving on by one every round; ratios are medians of the ratios \
              within each round."
         )?;
-        writeln!(out, "- Machine: {}.", machine())?;
-        writeln!(
-            out,
-            "- Commit: {}. Date: {}.",
-            commit(),
-            said("date", &["-u", "+%F"])
-        )?;
+        writeln!(out, "{}", page::provenance())?;
         writeln!(
             out,
             "- `wasmtime serve` is 48.0.8 as `cargo install` builds it, run with `-Scli`; as \
@@ -103,7 +81,7 @@ impl Cost<'_> {
                     } else {
                         "; the client was refused its real-time priority"
                     },
-                    if elsewhere.median > DISTURBED_PERCENT {
+                    if elsewhere.median > DISTURBED * 100.0 {
                         "; **this run was disturbed: take it again on a quiet machine**"
                     } else {
                         ""
@@ -116,21 +94,10 @@ impl Cost<'_> {
 
     /// Writes the page and the plot.
     pub(crate) fn write(&self, folder: &Path) -> Result<()> {
-        fs::create_dir_all(folder).with_context(|| folder.display().to_string())?;
-        let page = folder.join(PAGE);
-        let before = fs::read_to_string(&page).unwrap_or_else(|_| PREAMBLE.to_owned());
-        fs::write(&page, replace_section(&before, "cost", &self.section()?))
-            .with_context(|| page.display().to_string())?;
         let groups: Vec<Group> = self.series.iter().map(group).collect();
         let picture = plot::bars("Server CPU per request, in microseconds", "µs", &groups);
-        let file = folder.join(COST_PLOT);
-        fs::write(&file, picture).with_context(|| file.display().to_string())?;
-        say(&format!(
-            "written: {} and {}",
-            page.display(),
-            file.display()
-        ));
-        Ok(())
+        page::write_section(folder, "cost", &self.section()?)?;
+        page::write_plot(folder, COST_PLOT, &picture)
     }
 }
 
@@ -196,130 +163,12 @@ fn group(series: &Series) -> Group {
         Some(Bar {
             name: contestant.name().to_owned(),
             figure: Spread::of(of(series, contestant).map(Sample::cpu_us))?,
+            words: None,
             ours: contestant == Contestant::Insula,
         })
     });
     Group {
         title: series.layout.title().to_owned(),
         bars: bars.collect(),
-    }
-}
-
-/// 41,200
-fn thousands(figure: f64) -> String {
-    let digits = format!("{:.0}", figure / 100.0) + "00";
-    let head = digits.len() % 3;
-    let mut text = digits[..head].to_owned();
-    for (index, three) in digits.as_bytes()[head..].chunks(3).enumerate() {
-        if head > 0 || index > 0 {
-            text.push(',');
-        }
-        text.push_str(&String::from_utf8_lossy(three));
-    }
-    text
-}
-
-fn time(us: f64) -> String {
-    if us < 1000.0 {
-        format!("{us:.0} µs")
-    } else {
-        format!("{:.1} ms", us / 1e3)
-    }
-}
-
-/// Puts a section in its place, or at the end of a page that has none.
-fn replace_section(page: &str, name: &str, section: &str) -> String {
-    let (begin, end) = (
-        format!("<!-- {name}: begin -->"),
-        format!("<!-- {name}: end -->"),
-    );
-    let section = format!("{begin}\n{}\n{end}", section.trim_end());
-    if let Some((before, rest)) = page.split_once(&begin)
-        && let Some((_, after)) = rest.split_once(&end)
-    {
-        return format!("{before}{section}{after}");
-    }
-    format!("{}\n\n{section}\n", page.trim_end())
-}
-
-/// What a program says, on one line.
-fn said(program: &str, arguments: &[&str]) -> String {
-    let output = Command::new(program)
-        .args(arguments)
-        .current_dir(peers::repository())
-        .output();
-    output.map_or("unknown".to_owned(), |output| {
-        String::from_utf8_lossy(&output.stdout).trim().to_owned()
-    })
-}
-
-fn commit() -> String {
-    let commit = said("git", &["rev-parse", "--short=12", "HEAD"]);
-    if said("git", &["status", "--porcelain", "--untracked-files=no"]).is_empty() {
-        format!("`{commit}`")
-    } else {
-        format!("`{commit}` with changes")
-    }
-}
-
-fn machine() -> String {
-    let cpus = fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
-    let field = |text: &str, name: &str| {
-        let line = text.lines().find(|line| line.starts_with(name));
-        let value = line.and_then(|line| line.split_once(':'));
-        value.map_or("unknown".to_owned(), |(_, value)| value.trim().to_owned())
-    };
-    let cores = cpus
-        .lines()
-        .filter(|line| line.starts_with("processor"))
-        .count();
-    let memory = field(
-        &fs::read_to_string("/proc/meminfo").unwrap_or_default(),
-        "MemTotal",
-    );
-    let kib: u64 = memory
-        .split_whitespace()
-        .next()
-        .and_then(|kib| kib.parse().ok())
-        .unwrap_or(0);
-    let kernel = fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default();
-    let flags = field(&cpus, "flags");
-    let virtual_machine = if flags.split(' ').any(|flag| flag == "hypervisor") {
-        ", a virtual machine"
-    } else {
-        ""
-    };
-    format!(
-        "{} ({cores} cores), {} GiB{virtual_machine}; Linux {}",
-        field(&cpus, "model name"),
-        (kib + (1 << 19)) >> 20,
-        kernel.trim(),
-    )
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_section_is_replaced_and_the_others_stay() {
-        let page = replace_section("# Page\n", "a", "one\n");
-        let page = replace_section(&page, "b", "two\n");
-        let page = replace_section(&page, "a", "three\n");
-        let expected = "# Page\n\n<!-- a: begin -->\nthree\n<!-- a: end -->\n\n\
-                        <!-- b: begin -->\ntwo\n<!-- b: end -->\n";
-        assert_eq!(page, expected);
-    }
-
-    #[test]
-    fn figures_are_readable() {
-        assert_eq!(thousands(41_234.0), "41,200");
-        assert_eq!(thousands(141_234.0), "141,200");
-        assert_eq!(thousands(949.0), "900");
-        assert_eq!(thousands(1_250_000.0), "1,250,000");
-        assert_eq!(
-            (time(12.3), time(1250.0)),
-            ("12 µs".into(), "1.2 ms".into())
-        );
     }
 }

@@ -1,7 +1,7 @@
 //! Who takes part, and how each is started.
 
 use std::net::{SocketAddr, TcpListener};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
 
@@ -20,7 +20,7 @@ pub(crate) const PATIENCE: Duration = Duration::from_secs(60);
 /// still has an instance of its own.
 pub(crate) const TUNED: [&str; 4] = [
     "-Opooling-allocator=y,memory-init-cow=y,pooling-pagemap-scan=auto,\
-     pooling-memory-keep-resident=2097152,pooling-table-keep-resident=65536,\
+     pooling-memory-keep-resident=1572864,pooling-table-keep-resident=65536,\
      pooling-max-unused-warm-slots=1000,pooling-total-component-instances=2000,\
      pooling-total-core-instances=8000,pooling-total-memories=2000,\
      pooling-total-tables=8000,pooling-total-stacks=2000,pooling-max-memory-size=134217728",
@@ -32,7 +32,7 @@ pub(crate) const TUNED: [&str; 4] = [
 /// What somebody gives it who has read that pooling is faster: the pool and its resident pages, as
 /// above, and the rest left as it ships.
 pub(crate) const POOLED: [&str; 1] = [
-    "-Opooling-allocator=y,pooling-memory-keep-resident=2097152,\
+    "-Opooling-allocator=y,pooling-memory-keep-resident=1572864,\
      pooling-table-keep-resident=65536,pooling-max-unused-warm-slots=1000",
 ];
 
@@ -134,15 +134,25 @@ fn get(address: SocketAddr, host: &str) -> Result<(u16, Vec<u8>)> {
     call.send(address)
 }
 
-fn wasmtime(bed: &Bed, flags: &[&str]) -> Result<Served> {
+/// Starts `wasmtime serve` with a component; it may take a while until it answers.
+pub(crate) fn wasmtime_serve(
+    bed: &Bed,
+    component: &Path,
+    flags: &[&str],
+) -> Result<(Running, SocketAddr)> {
     let address = free_address()?;
     let mut command = Command::new(&bed.wasmtime);
     command
         .args(["serve", "-Scli", &format!("--addr={address}")])
         .args(flags)
-        .arg(&bed.component)
+        .arg(component)
         .env("XDG_CACHE_HOME", bed.scratch.join("cache"));
     let running = Running::start(command, &bed.places.server, &bed.log("wasmtime"))?;
+    Ok((running, address))
+}
+
+fn wasmtime(bed: &Bed, flags: &[&str]) -> Result<Served> {
+    let (running, address) = wasmtime_serve(bed, &bed.component, flags)?;
     Ok(Served {
         running,
         address,

@@ -23,11 +23,13 @@ pub(crate) const FRESH_RUN_MAX: u16 = 32;
 
 const NONE: u32 = u32::MAX;
 
-/// Which of a tenant's two queues a job stands in.
+/// Which of a tenant's queues a job stands in.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Lane {
     Fresh,
     Preempted,
+    /// First in line.
+    Paused,
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -170,6 +172,7 @@ impl Fifo {
 pub(crate) struct JobQueue {
     fresh: Fifo,
     preempted: Fifo,
+    paused: Fifo,
     len: u32,
     fresh_run: u16,
 }
@@ -179,6 +182,7 @@ impl JobQueue {
         Self {
             fresh: Fifo::new(),
             preempted: Fifo::new(),
+            paused: Fifo::new(),
             len: 0,
             fresh_run: 0,
         }
@@ -192,6 +196,7 @@ impl JobQueue {
         match lane {
             Lane::Fresh => self.fresh.push(slab, job, home),
             Lane::Preempted => self.preempted.push(slab, job, home),
+            Lane::Paused => self.paused.push(slab, job, home),
         }
         self.len += 1;
     }
@@ -202,6 +207,10 @@ impl JobQueue {
         slab: &mut JobSlab,
         worker: WorkerId,
     ) -> Option<(JobId, WorkerId)> {
+        if let Some(taken) = self.paused.take(slab, worker) {
+            self.len -= 1;
+            return Some(taken);
+        }
         let fresh_waits = self.fresh.head != NONE;
         let preempted_waits = self.preempted.head != NONE;
         let preempted_first = preempted_waits && self.fresh_run >= FRESH_RUN_MAX;
@@ -222,7 +231,7 @@ impl JobQueue {
 
     /// Removes `job`; O(jobs queued by this tenant). Says whether it was there.
     pub(crate) fn cancel(&mut self, slab: &mut JobSlab, job: JobId) -> bool {
-        for fifo in [&mut self.fresh, &mut self.preempted] {
+        for fifo in [&mut self.fresh, &mut self.preempted, &mut self.paused] {
             if let Some(at) = fifo.find(slab, job) {
                 fifo.unlink(slab, at);
                 self.len -= 1;
@@ -232,10 +241,10 @@ impl JobQueue {
         false
     }
 
-    /// Empties the queue, oldest first, fresh before preempted.
+    /// Empties the queue, oldest first, fresh before preempted before paused.
     pub(crate) fn drain(&mut self, slab: &mut JobSlab) -> Vec<JobId> {
         let mut jobs = Vec::with_capacity(self.len as usize);
-        for fifo in [&mut self.fresh, &mut self.preempted] {
+        for fifo in [&mut self.fresh, &mut self.preempted, &mut self.paused] {
             while fifo.head != NONE {
                 jobs.push(fifo.unlink(slab, fifo.head).job);
             }

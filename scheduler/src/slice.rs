@@ -65,6 +65,9 @@ pub enum SliceEnd {
     Blocked,
     /// The job could go on; it is queued again behind the tenant's other jobs.
     Preempted,
+    /// The slice is not over: the core was taken from it in its middle. It is queued again before
+    /// all other jobs of its tenant, so that no more of them are begun than there are workers.
+    Paused,
 }
 
 /// A slice was charged.
@@ -210,11 +213,16 @@ impl Scheduler {
         self.last_finish = self.last_finish.max(tenant.start);
         let fate = match (end, tenant.life) {
             (SliceEnd::Finished | SliceEnd::Blocked, _) => Fate::Released,
-            (SliceEnd::Preempted, Life::Leaving) => Fate::Orphaned,
-            (SliceEnd::Preempted, Life::Present) => {
+            (SliceEnd::Preempted | SliceEnd::Paused, Life::Leaving) => Fate::Orphaned,
+            (SliceEnd::Preempted | SliceEnd::Paused, Life::Present) => {
+                let lane = if end == SliceEnd::Paused {
+                    Lane::Paused
+                } else {
+                    Lane::Preempted
+                };
                 tenant
                     .queue
-                    .push(&mut self.jobs, slice.job, slice.home, Lane::Preempted);
+                    .push(&mut self.jobs, slice.job, slice.home, lane);
                 self.queued += 1;
                 Fate::Requeued
             }

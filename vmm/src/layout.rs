@@ -8,6 +8,7 @@
 //! 0x9_fc00     end of low memory ── reserved ──▶ 0x10_0000
 //! 0xe_0000     ACPI tables (RSDP first: kernels without a boot pointer scan from here)
 //! 0xf_f000     VM generation id
+//! 0xf_fff0     reset vector
 //! 0x10_0000    kernel; the initrd as high as it may go
 //! 0xd000_0000  end of memory below 4 GiB ── devices ──▶ 0x1_0000_0000
 //! 0x1_0000_0000  the rest of memory
@@ -45,6 +46,8 @@ pub const ACPI: GuestAddress = GuestAddress(0xe_0000);
 pub const ACPI_END: GuestAddress = GuestAddress(0xf_f000);
 /// The 16 bytes of the VM generation id, in reserved memory as its specification demands.
 pub const GENERATION_ID: GuestAddress = GuestAddress(0xf_f000);
+/// f000:fff0, where a PC's processor starts, and where kernels jump to reboot by firmware.
+pub const RESET_VECTOR: GuestAddress = GuestAddress(0xf_fff0);
 /// Where high memory starts, and 64-bit kernels are loaded.
 pub const HIGH_MEMORY: GuestAddress = GuestAddress(0x10_0000);
 
@@ -119,6 +122,7 @@ mod tests {
             (COMMAND_LINE.0, COMMAND_LINE_MAX_BYTES as u64),
             (ACPI.0, ACPI_END.0 - ACPI.0),
             (GENERATION_ID.0, 16),
+            (RESET_VECTOR.0, 16),
             (HIGH_MEMORY.0, 1),
             (VIRTIO_MMIO.0, VIRTIO_DEVICES_MAX as u64 * VIRTIO_MMIO_BYTES),
             (u64::from(IO_APIC), 0x1000),

@@ -1,451 +1,368 @@
-//! The life of a machine: one enum, one transition function.
+//! A machine: what belongs together, and its life.
 //!
 //! ```text
-//!             Start            Entered            Pause
-//!  defined ─────────▶ starting ───────▶ running ◀──────────▶ paused
-//!                      ▲    ▲            │   │     Resume       │
-//!                Start │    └────────────┘   │ Stop,            │ Stop
-//!                      │   Reset, Rebooted   │ PoweredOff       │
-//!                   stopped ◀───────────── stopping ◀───────────┘
-//!                      ▲       Exited
-//!                      │ Start: failed ─▶ starting
-//!
-//!  anything but deleting ── Broke ─▶ failed
-//!  defined, stopped, failed ── Delete ─▶ deleting
+//!              resume                pause
+//!   Paused ───────────▶ Running ───────────▶ Paused
+//!     │                    │
+//!     └────── stop ────────┴──▶ Stopped          (also when the guest ends it: see `ending`)
 //! ```
 //!
-//! The host keeps one [`State`] per machine and feeds it what was asked for and what it observed;
-//! the monitor keeps one of its own and refuses the same things. A monitor that ends without having
-//! been told to is [`Event::Exited`] in a state that does not expect it: that is a failure, with the
-//! exit status as its reason, and never a silent stop.
+//! A new machine is paused: all its threads exist, filters and all, and no instruction has run.
 //!
-//! Failure paths: whatever happens to the monitor process leads to `failed` or `stopped`, from every
-//! state but `deleting`; from both, `Start` and `Delete` work. `deleting` is left only by being gone.
+//! *Pause*, in this order: vCPUs are parked; devices are brought to rest; the guest's clock is
+//! read. *Resume* is the reverse: the clock goes on from where it was read, devices work, vCPUs
+//! run. *Stop* ends vCPU threads, then the console's, then the devices': nobody is left who could
+//! notify them.
 
-use std::fmt;
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd};
+use std::sync::Arc;
+use std::thread::JoinHandle;
+use std::time::Instant;
 
-use serde::{Deserialize, Serialize};
+use kvm_bindings::kvm_clock_data;
 
-/// The monitor process of a machine, as the host numbers it.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
-#[serde(transparent)]
-pub struct MonitorPid(u32);
+use crate::acpi::{self, AcpiError};
+use crate::boot::{self, BootError};
+use crate::config::{Console, MachineConfig, VcpuCount};
+use crate::devices::{ConsoleCounts, Devices, SerialPort, feed};
+use crate::exit::{Ending, ExitReason};
+use crate::kvm::{Hypervisor, KvmError, VirtualMachine, cpuid, failed, msrs};
+use crate::layout;
+use crate::memory::{self, GuestMemory, MemoryError};
+use crate::threads::{ThreadKind, Threads};
+use crate::vcpu::{self, ExitCounts, Vcpu, VcpuError};
+use crate::virtio::{MmioTransport, VirtioDevice, WorkerError};
 
-impl MonitorPid {
-    /// `pid`, unless it is zero, which is no process.
-    #[must_use]
-    pub const fn new(pid: u32) -> Option<Self> {
-        if pid == 0 { None } else { Some(Self(pid)) }
-    }
-
-    /// The number.
-    #[must_use]
-    pub const fn get(self) -> u32 {
-        self.0
-    }
+/// Why a machine could not be made.
+#[derive(Debug, thiserror::Error)]
+pub enum BuildError {
+    /// KVM refused.
+    #[error(transparent)]
+    Kvm(#[from] KvmError),
+    /// No memory.
+    #[error(transparent)]
+    Memory(#[from] MemoryError),
+    /// Nothing to boot.
+    #[error(transparent)]
+    Boot(#[from] BootError),
+    /// No room for its tables.
+    #[error(transparent)]
+    Acpi(#[from] AcpiError),
+    /// A device could not be started.
+    #[error("virtio-{device}: {source}")]
+    Device {
+        /// Which.
+        device: &'static str,
+        /// Why.
+        source: WorkerError,
+    },
+    /// A vCPU could not be started.
+    #[error(transparent)]
+    Vcpu(#[from] VcpuError),
+    /// More devices than lines.
+    #[error(
+        "{count} virtio devices, and a machine has lines for {}",
+        layout::VIRTIO_DEVICES_MAX
+    )]
+    Devices {
+        /// How many.
+        count: usize,
+    },
+    /// More vCPUs than this KVM gives.
+    #[error("{count} vCPUs, and this KVM gives a machine {most}")]
+    Vcpus {
+        /// How many.
+        count: u8,
+        /// The most.
+        most: usize,
+    },
+    /// What each vCPU says of itself does not fit KVM's table.
+    #[error("this host's processor has more CPUID leaves than KVM takes")]
+    Cpuid,
+    /// A descriptor or a thread for the console.
+    #[error("starting the console: {0}")]
+    Console(io::Error),
 }
 
-/// Where the first instruction comes from.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case")]
-pub enum Origin {
-    /// The kernel's entry point, in a new monitor.
-    Boot,
-    /// A snapshot, in a new monitor.
-    Snapshot,
-    /// The kernel's entry point again, in the monitor that is there.
-    Reboot,
+/// Why a machine does not pause or resume.
+#[derive(Debug, thiserror::Error)]
+pub enum LifeError {
+    /// Not from here.
+    #[error("the machine is {phase}, and cannot {wanted}")]
+    Phase {
+        /// Where it is.
+        phase: Phase,
+        /// What was wanted.
+        wanted: &'static str,
+    },
+    /// A vCPU's thread is gone.
+    #[error(transparent)]
+    Vcpu(#[from] VcpuError),
+    /// A device's thread is gone.
+    #[error(transparent)]
+    Device(#[from] WorkerError),
+    /// The clock.
+    #[error(transparent)]
+    Kvm(#[from] KvmError),
 }
 
-/// Who wanted the machine to stop.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case")]
-pub enum StopCause {
-    /// Somebody with a token.
-    Requested,
-    /// The guest: it wrote the sleep register.
-    PoweredOff,
-}
-
-/// How the monitor process ended.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case")]
-pub enum Exit {
-    /// By itself, with this code.
-    Code(i32),
-    /// Killed by this signal; 31 (SIGSYS) is a system call that its filter forbids.
-    Signal(i32),
-}
-
-/// Why a machine is `failed`, in words that a person understands.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case")]
-pub enum Failure {
-    /// It could not be set up; the text is the first error.
-    Setup(String),
-    /// A vCPU stopped in a way that no guest survives (triple fault, unknown exit, KVM error).
-    Vcpu {
-        /// Which one.
-        index: u8,
-        /// What KVM said.
-        detail: String,
-    },
-    /// The guest did not feed its watchdog for this long.
-    Watchdog {
-        /// Milliseconds since the last sign of life.
-        silent_ms: u64,
-    },
-    /// The monitor ended without having been told to.
-    MonitorEnded(Exit),
-}
-
-impl fmt::Display for Failure {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::Setup(detail) => write!(f, "could not be set up: {detail}"),
-            Self::Vcpu { index, detail } => write!(f, "vCPU {index} cannot go on: {detail}"),
-            Self::Watchdog { silent_ms } => {
-                write!(f, "the guest gave no sign of life for {silent_ms} ms")
-            }
-            Self::MonitorEnded(Exit::Code(code)) => {
-                write!(f, "the monitor ended by itself with code {code}")
-            }
-            Self::MonitorEnded(Exit::Signal(31)) => {
-                write!(
-                    f,
-                    "the monitor was killed for a system call that it may not make"
-                )
-            }
-            Self::MonitorEnded(Exit::Signal(signal)) => {
-                write!(f, "the monitor was killed by signal {signal}")
-            }
-        }
-    }
-}
-
-/// Where a machine is in its life, with what is true only there.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case", tag = "state")]
-pub enum State {
-    /// Its specification is stored; no process, no memory.
-    Defined,
-    /// On the way to the first guest instruction.
-    Starting {
-        /// Where that comes from.
-        origin: Origin,
-    },
-    /// vCPUs execute.
-    Running {
-        /// Whose vCPUs.
-        monitor: MonitorPid,
-    },
-    /// vCPUs are parked between two instructions; memory is kept.
-    Paused {
-        /// Who keeps it.
-        monitor: MonitorPid,
-    },
-    /// Told to end, and not ended yet.
-    Stopping {
-        /// Who is to end.
-        monitor: MonitorPid,
-        /// On whose behalf.
-        cause: StopCause,
-    },
-    /// Ended as it should. Disks are kept.
-    Stopped {
-        /// On whose behalf.
-        cause: StopCause,
-    },
-    /// Ended as it should not. Disks are kept.
-    Failed {
-        /// What happened.
-        failure: Failure,
-    },
-    /// Being taken apart; nothing leads back.
-    Deleting,
-}
-
-/// What was asked for, or what was observed.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Event {
-    /// Asked: boot it, or continue a snapshot.
-    Start(Source),
-    /// Observed: the first guest instruction is being executed.
-    Entered(MonitorPid),
-    /// Asked: park the vCPUs.
-    Pause,
-    /// Asked: let them go on.
-    Resume,
-    /// Asked: end it.
-    Stop,
-    /// Asked: as if the reset button was pressed.
-    Reset,
-    /// Observed: the guest reset itself.
-    Rebooted,
-    /// Observed: the guest turned itself off.
-    PoweredOff,
-    /// Observed: the monitor process is gone.
-    Exited(Exit),
-    /// Observed: it cannot go on.
-    Broke(Failure),
-    /// Asked: take it apart.
-    Delete,
-}
-
-/// What a start can begin with; a reboot is never asked for, it is what a reset leads to.
+/// Where a machine is in its life, as the host wants it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Source {
-    /// The kernel.
-    Boot,
-    /// A snapshot.
-    Snapshot,
+pub enum Phase {
+    /// No instruction runs.
+    Paused,
+    /// It runs; or it did, and the guest has ended it.
+    Running,
+    /// Its threads are gone.
+    Stopped,
 }
 
-/// An event that has no meaning in a state.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
-#[error("a machine that is {state} cannot {event}")]
-pub struct Refused {
-    /// The word for the state.
-    pub state: &'static str,
-    /// The word for the event.
-    pub event: &'static str,
-}
-
-impl State {
-    /// The contract's word for it, as in `insula_machine_state`.
-    #[must_use]
-    pub const fn word(&self) -> &'static str {
-        match self {
-            Self::Defined => "defined",
-            Self::Starting { .. } => "starting",
-            Self::Running { .. } => "running",
-            Self::Paused { .. } => "paused",
-            Self::Stopping { .. } => "stopping",
-            Self::Stopped { .. } => "stopped",
-            Self::Failed { .. } => "failed",
-            Self::Deleting => "deleting",
-        }
-    }
-
-    /// All words, in the order of a machine's life: the values of a metric's label.
-    pub const WORDS: [&'static str; 8] = [
-        "defined", "starting", "running", "paused", "stopping", "stopped", "failed", "deleting",
-    ];
-
-    /// The state after `event`.
-    ///
-    /// # Errors
-    /// [`Refused`] when the event has no meaning here; the state is then as it was.
-    pub fn after(&self, event: &Event) -> Result<Self, Refused> {
-        use Event as E;
-        use State as S;
-        Ok(match (self, event) {
-            (S::Defined | S::Stopped { .. } | S::Failed { .. }, E::Start(source)) => S::Starting {
-                origin: match source {
-                    Source::Boot => Origin::Boot,
-                    Source::Snapshot => Origin::Snapshot,
-                },
-            },
-            (S::Defined | S::Stopped { .. } | S::Failed { .. }, E::Delete) => S::Deleting,
-
-            (S::Starting { .. }, E::Entered(monitor)) => S::Running { monitor: *monitor },
-            (S::Running { monitor }, E::Pause) => S::Paused { monitor: *monitor },
-            (S::Paused { monitor }, E::Resume) => S::Running { monitor: *monitor },
-            (S::Running { .. }, E::Reset | E::Rebooted) | (S::Paused { .. }, E::Reset) => {
-                S::Starting {
-                    origin: Origin::Reboot,
-                }
-            }
-
-            (S::Running { monitor } | S::Paused { monitor }, E::Stop) => S::Stopping {
-                monitor: *monitor,
-                cause: StopCause::Requested,
-            },
-            (S::Running { monitor }, E::PoweredOff) => S::Stopping {
-                monitor: *monitor,
-                cause: StopCause::PoweredOff,
-            },
-            // It did not get far enough to have a guest that could be asked.
-            (S::Starting { .. }, E::Stop) => S::Stopped {
-                cause: StopCause::Requested,
-            },
-            // A guest that powers off while it is being stopped does what was wanted.
-            (S::Stopping { .. }, E::PoweredOff | E::Rebooted) => self.clone(),
-            // However it ended: it was to end.
-            (S::Stopping { cause, .. }, E::Exited(_)) => S::Stopped { cause: *cause },
-
-            (S::Starting { .. } | S::Running { .. } | S::Paused { .. }, E::Exited(exit)) => {
-                S::Failed {
-                    failure: Failure::MonitorEnded(*exit),
-                }
-            }
-            // The first reason is the one that explains the later ones.
-            (S::Failed { .. }, E::Exited(_) | E::Broke(_)) => self.clone(),
-            (S::Deleting, E::Exited(_) | E::Broke(_) | E::Delete) => S::Deleting,
-            // The process of a start that was called off.
-            (S::Stopped { .. }, E::Exited(_)) => self.clone(),
-            (
-                S::Starting { .. } | S::Running { .. } | S::Paused { .. } | S::Stopping { .. },
-                E::Broke(failure),
-            ) => S::Failed {
-                failure: failure.clone(),
-            },
-
-            _ => {
-                return Err(Refused {
-                    state: self.word(),
-                    event: event.word(),
-                });
-            }
+impl std::fmt::Display for Phase {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Self::Paused => "paused",
+            Self::Running => "running",
+            Self::Stopped => "stopped",
         })
     }
 }
 
-impl Event {
-    /// A verb for messages: "cannot …".
-    const fn word(&self) -> &'static str {
-        match self {
-            Self::Start(_) => "start",
-            Self::Entered(_) => "enter its guest",
-            Self::Pause => "be paused",
-            Self::Resume => "resume",
-            Self::Stop => "be stopped",
-            Self::Reset => "be reset",
-            Self::Rebooted => "reboot",
-            Self::PoweredOff => "power off",
-            Self::Exited(_) => "lose its monitor",
-            Self::Broke(_) => "break",
-            Self::Delete => "be deleted",
+/// What a machine did so far.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct MachineStatistics {
+    /// Of all vCPUs.
+    pub exits: ExitCounts,
+    /// Of the console.
+    pub console: ConsoleCounts,
+    /// For each device: its name, how often it stopped because its driver broke the rules or its
+    /// host side failed, and why it did last.
+    pub device_failures: Vec<(&'static str, u64, Option<String>)>,
+}
+
+/// One full guest. Dropping it stops it.
+#[derive(Debug)]
+pub struct Machine {
+    phase: Phase,
+    vcpus: Vec<Vcpu>,
+    console: Option<JoinHandle<Option<()>>>,
+    devices: Arc<Devices>,
+    ending: Arc<Ending>,
+    /// The guest's clock, while it is paused and has run before.
+    clock: Option<kvm_clock_data>,
+    /// Last: memory stays mapped until all that uses it is gone.
+    vm: VirtualMachine,
+}
+
+impl Machine {
+    /// Makes the machine, paused before its first instruction.
+    ///
+    /// # Errors
+    /// What is missing or refused; nothing is left behind.
+    pub fn new(
+        hypervisor: &Hypervisor,
+        config: MachineConfig,
+        threads: &Threads,
+    ) -> Result<Self, BuildError> {
+        let MachineConfig {
+            vcpus,
+            memory: size,
+            boot: mut source,
+            console,
+            devices,
+        } = config;
+        check(hypervisor, vcpus, devices.len())?;
+        let vm = VirtualMachine::new(hypervisor, memory::create(size)?)?;
+        let entry = boot::load(vm.memory(), size, &mut source)?;
+        boot::write_tables(vm.memory())?;
+        boot::write_reset_vector(vm.memory())?;
+        acpi::write(vm.memory(), vcpus, devices.len())?;
+
+        let ending = Arc::new(Ending::new().map_err(BuildError::Console)?);
+        let Console { output, input } = console;
+        let serial = SerialPort::new(vm.line(layout::COM1_GSI)?, output);
+        let serial = Arc::new(serial.map_err(BuildError::Console)?);
+        let devices = start_devices(&vm, devices, threads)?;
+        let devices = Arc::new(Devices::new(serial, devices));
+
+        let topology = cpuid::Topology::new(vcpus);
+        let supported = cpuid::supported(hypervisor)?;
+        let mut started = Vec::with_capacity(usize::from(vcpus.get()));
+        for number in 0..vcpus.get() {
+            let fd = vm.create_vcpu(number)?;
+            let leaves = cpuid::for_vcpu(&supported, topology, number);
+            fd.set_cpuid2(&leaves.ok_or(BuildError::Cpuid)?)
+                .map_err(failed("KVM_SET_CPUID2"))?;
+            msrs::set_first(&fd)?;
+            // The others wait for the first one's INIT and SIPI.
+            if number == 0 {
+                vcpu::set_registers(&fd, entry)?;
+            }
+            let (devices, ending) = (Arc::clone(&devices), Arc::clone(&ending));
+            started.push(Vcpu::spawn(number, fd, devices, ending, threads)?);
         }
+        let mut machine = Self {
+            phase: Phase::Paused,
+            vcpus: started,
+            console: None,
+            devices,
+            ending,
+            clock: None,
+            vm,
+        };
+        if let Some(input) = input {
+            let port = Arc::clone(machine.devices.serial());
+            let console = threads.spawn(ThreadKind::Console, move || feed(&port, &input));
+            machine.console = Some(console.map_err(BuildError::Console)?);
+        }
+        Ok(machine)
+    }
+
+    /// Runs, for the first time or again.
+    ///
+    /// # Errors
+    /// It is not paused, or a thread is gone.
+    pub fn resume(&mut self) -> Result<(), LifeError> {
+        self.expect(Phase::Paused, "resume")?;
+        if let Some(clock) = self.clock.take() {
+            let clock = kvm_clock_data {
+                clock: clock.clock,
+                ..kvm_clock_data::default()
+            };
+            let set = self.vm.fd().set_clock(&clock);
+            set.map_err(failed("KVM_SET_CLOCK"))?;
+        }
+        for device in self.devices.virtio() {
+            device.release()?;
+        }
+        for vcpu in &self.vcpus {
+            vcpu.run()?;
+        }
+        self.phase = Phase::Running;
+        Ok(())
+    }
+
+    /// Brings all to rest. The guest's clock stands still.
+    ///
+    /// # Errors
+    /// It is not running, or a thread is gone.
+    pub fn pause(&mut self) -> Result<(), LifeError> {
+        self.expect(Phase::Running, "pause")?;
+        let parking: Result<Vec<_>, _> = self.vcpus.iter().map(Vcpu::park).collect();
+        for parking in parking? {
+            parking.wait()?;
+        }
+        for device in self.devices.virtio() {
+            device.hold()?;
+        }
+        let clock = self.vm.fd().get_clock();
+        self.clock = Some(clock.map_err(failed("KVM_GET_CLOCK"))?);
+        self.phase = Phase::Paused;
+        Ok(())
+    }
+
+    /// Waits until the machine is over, by guest or host. `None` if it is not by then.
+    #[must_use]
+    pub fn wait(&self, deadline: Option<Instant>) -> Option<ExitReason> {
+        self.ending.wait(deadline)
+    }
+
+    /// Readable once the machine is over: for a loop that also listens to others.
+    #[must_use]
+    pub fn ended(&self) -> BorrowedFd<'_> {
+        self.ending.event().as_fd()
+    }
+
+    /// Ends it, if it is not over, and all its threads. Returns why it ended first.
+    pub fn stop(&mut self) -> ExitReason {
+        self.ending.end(ExitReason::Stopped);
+        self.vcpus.clear();
+        self.devices.serial().stop();
+        if let Some(console) = self.console.take() {
+            let _ = console.join();
+        }
+        self.phase = Phase::Stopped;
+        self.ending.reason().unwrap_or(ExitReason::Stopped)
+    }
+
+    /// Its memory, which the guest may change at any time.
+    #[must_use]
+    pub fn memory(&self) -> &GuestMemory {
+        self.vm.memory()
+    }
+
+    /// Where it is.
+    #[must_use]
+    pub fn phase(&self) -> Phase {
+        self.phase
+    }
+
+    /// What it did so far. After [`stop`](Self::stop) the exits are gone with the vCPUs.
+    #[must_use]
+    pub fn statistics(&self) -> MachineStatistics {
+        let exits = self.vcpus.iter().map(Vcpu::exits);
+        let failures = self.devices.virtio().map(|device| {
+            let (count, why) = device.failures();
+            (device.kind().name(), count, why)
+        });
+        MachineStatistics {
+            exits: exits.fold(ExitCounts::default(), |sum, one| sum + one),
+            console: self.devices.serial().counts(),
+            device_failures: failures.collect(),
+        }
+    }
+
+    fn expect(&self, phase: Phase, wanted: &'static str) -> Result<(), LifeError> {
+        if self.phase == phase {
+            return Ok(());
+        }
+        Err(LifeError::Phase {
+            phase: self.phase,
+            wanted,
+        })
     }
 }
 
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn pid() -> MonitorPid {
-        MonitorPid::new(7).expect("7 is a process")
+impl Drop for Machine {
+    fn drop(&mut self) {
+        self.stop();
     }
+}
 
-    fn states() -> [State; 8] {
-        [
-            State::Defined,
-            State::Starting {
-                origin: Origin::Boot,
-            },
-            State::Running { monitor: pid() },
-            State::Paused { monitor: pid() },
-            State::Stopping {
-                monitor: pid(),
-                cause: StopCause::Requested,
-            },
-            State::Stopped {
-                cause: StopCause::PoweredOff,
-            },
-            State::Failed {
-                failure: Failure::Watchdog { silent_ms: 1 },
-            },
-            State::Deleting,
-        ]
+fn check(hypervisor: &Hypervisor, vcpus: VcpuCount, devices: usize) -> Result<(), BuildError> {
+    let most = hypervisor.vcpus_max();
+    if usize::from(vcpus.get()) > most {
+        let count = vcpus.get();
+        return Err(BuildError::Vcpus { count, most });
     }
-
-    fn events() -> [Event; 12] {
-        [
-            Event::Start(Source::Boot),
-            Event::Start(Source::Snapshot),
-            Event::Entered(pid()),
-            Event::Pause,
-            Event::Resume,
-            Event::Stop,
-            Event::Reset,
-            Event::Rebooted,
-            Event::PoweredOff,
-            Event::Exited(Exit::Signal(9)),
-            Event::Broke(Failure::Setup("no memory".to_owned())),
-            Event::Delete,
-        ]
+    if devices > layout::VIRTIO_DEVICES_MAX {
+        return Err(BuildError::Devices { count: devices });
     }
+    Ok(())
+}
 
-    /// A row per state, a column per event; the letter is the state after it, `.` a refusal.
-    ///
-    /// d defined, s starting, r running, p paused, t stopping, o stopped, f failed, x deleting
-    const TABLE: [&str; 8] = [
-        // B S E P R T ! b o X F D
-        "s s . . . . . . . . . x", // defined
-        ". . r . . o . . . f f .", // starting
-        ". . . p . t s s t f f .", // running
-        ". . . . r t s . . f f .", // paused
-        ". . . . . . . t t o f .", // stopping
-        "s s . . . . . . . o . x", // stopped
-        "s s . . . . . . . f f x", // failed
-        ". . . . . . . . . x x x", // deleting
-    ];
-
-    fn letter(state: &State) -> char {
-        match state {
-            State::Defined => 'd',
-            State::Starting { .. } => 's',
-            State::Running { .. } => 'r',
-            State::Paused { .. } => 'p',
-            State::Stopping { .. } => 't',
-            State::Stopped { .. } => 'o',
-            State::Failed { .. } => 'f',
-            State::Deleting => 'x',
+/// Gives each device its slot, its line, and its notifications.
+fn start_devices(
+    vm: &VirtualMachine,
+    devices: Vec<Box<dyn VirtioDevice>>,
+    threads: &Threads,
+) -> Result<Vec<MmioTransport>, BuildError> {
+    let count = devices.len();
+    let mut started = Vec::with_capacity(count);
+    for (slot, device) in devices.into_iter().enumerate() {
+        let name = device.kind().name();
+        let place = layout::virtio_slot(slot);
+        let (base, gsi) = place.ok_or(BuildError::Devices { count })?;
+        let line = vm.line(gsi)?;
+        let transport = MmioTransport::new(device, vm.memory().clone(), line, threads);
+        let transport = transport.map_err(|source| BuildError::Device {
+            device: name,
+            source,
+        })?;
+        for (queue, notification) in (0_u32..).zip(transport.notifications()) {
+            vm.catch_writes(notification, MmioTransport::notify_address(base), queue);
         }
+        started.push(transport);
     }
-
-    #[test]
-    fn every_pair_is_as_the_table_says() {
-        for (state, row) in states().iter().zip(TABLE) {
-            for (event, want) in events().iter().zip(row.split(' ')) {
-                let got = state.after(event).map_or('.', |next| letter(&next));
-                assert_eq!(got.to_string(), want, "{state:?} after {event:?}");
-            }
-            assert_eq!(row.split(' ').count(), events().len());
-        }
-    }
-
-    #[test]
-    fn a_refusal_says_what_was_wrong() {
-        let refused = State::Defined.after(&Event::Pause).unwrap_err();
-        assert_eq!(
-            refused.to_string(),
-            "a machine that is defined cannot be paused"
-        );
-    }
-
-    #[test]
-    fn data_travels_along() {
-        let running = states()[1].after(&Event::Entered(pid())).unwrap();
-        assert_eq!(running, State::Running { monitor: pid() });
-        let off = running.after(&Event::PoweredOff).unwrap();
-        assert_eq!(
-            off.after(&Event::Exited(Exit::Code(0))).unwrap(),
-            State::Stopped {
-                cause: StopCause::PoweredOff
-            }
-        );
-        let killed = running.after(&Event::Exited(Exit::Signal(31))).unwrap();
-        let State::Failed { failure } = killed else {
-            panic!("a killed monitor is a failure, not {killed:?}");
-        };
-        assert!(failure.to_string().contains("system call"));
-    }
-
-    #[test]
-    fn the_first_reason_stays() {
-        let first = State::Failed {
-            failure: Failure::Vcpu {
-                index: 0,
-                detail: "triple fault".to_owned(),
-            },
-        };
-        assert_eq!(first.after(&Event::Exited(Exit::Signal(9))).unwrap(), first);
-    }
-
-    #[test]
-    fn words_are_those_of_the_metric() {
-        assert_eq!(states().map(|state| state.word()), State::WORDS);
-    }
+    Ok(started)
 }

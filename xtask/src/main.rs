@@ -7,15 +7,19 @@
 //! * [`deps`]: which crate may use which, and which words may stand where
 //! * [`licences`]: what we stand on, and under which terms
 //! * [`guests`]: the samples, built
+//! * [`mod@bench`]: what it costs, beside what others cost
 //! * [`tools`]: programs of others that tests use
+//! * [`vm_test`]: machines under real KVM, in an emulator
 #![forbid(unsafe_code)]
 
+mod bench;
 mod checks;
 mod deps;
 mod guests;
 mod licences;
 mod repository;
 mod tools;
+mod vm_test;
 
 use std::io::Write;
 use std::process::ExitCode;
@@ -32,10 +36,14 @@ usage: cargo xtask VERB
   ci           the same as test
   guests       build all samples into target/guests
   tools        fetch the programs of others that tests use into target/tools
+  vm-test      boot machines with Debian's own kernel under real KVM, emulated where there is none
   lint         rustfmt and clippy
   deps         which crate may use which
   deny         licences, sources and advisories of what we depend on
   doc          build the documentation, without warnings
+  bench WHAT [ARGS]
+               build everything, then measure cost, metering, shares, overload, neighbour,
+               density or all; ARGS as of `insula-bench WHAT --help`. Writes docs/benchmarks.md
 ";
 
 /// Bad usage, as in the program itself.
@@ -71,6 +79,15 @@ fn run(verb: &str, rest: Vec<String>) -> Result<ExitCode> {
             tools::ensure(&Repository::find()?);
             return Ok(ExitCode::SUCCESS);
         }
+        "bench" => {
+            let Some((what, arguments)) = rest.split_first() else {
+                say(USAGE.trim_end());
+                return Ok(ExitCode::from(BAD_USAGE));
+            };
+            bench::run(&Repository::find()?, what, arguments)?;
+            return Ok(ExitCode::SUCCESS);
+        }
+        "vm-test" if takes_more => return vm_test::run(&Repository::find()?),
         "" | "help" | "-h" | "--help" => {
             say(USAGE.trim_end());
             return Ok(ExitCode::SUCCESS);

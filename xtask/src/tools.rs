@@ -134,21 +134,7 @@ fn fetch_venv(dir: &Path) -> Found {
         if !is_root() || in_path("apt-get").is_none() {
             return Err(format!("python3 -m venv: {first}"));
         }
-        say("   apt-get install python3-venv");
-        let install = || {
-            let mut command = Command::new("apt-get");
-            command.env("DEBIAN_FRONTEND", "noninteractive");
-            run(command.args([
-                "install",
-                "--yes",
-                "--no-install-recommends",
-                "python3-venv",
-            ]))
-        };
-        install().or_else(|_| {
-            run(Command::new("apt-get").arg("update"))?;
-            install()
-        })?;
+        install("python3-venv")?;
         make().map_err(|error| format!("python3 -m venv: {error}"))?;
     }
     let mut pip = Command::new(&python);
@@ -167,12 +153,26 @@ fn fetch_venv(dir: &Path) -> Found {
     }
 }
 
-fn is_root() -> bool {
+/// Installs a Debian package. Only for root.
+pub(crate) fn install(package: &str) -> Result<(), String> {
+    say(&format!("   apt-get install {package}"));
+    let install = || {
+        let mut command = Command::new("apt-get");
+        command.env("DEBIAN_FRONTEND", "noninteractive");
+        run(command.args(["install", "--yes", "--no-install-recommends", package]))
+    };
+    install().or_else(|_| {
+        run(Command::new("apt-get").arg("update"))?;
+        install()
+    })
+}
+
+pub(crate) fn is_root() -> bool {
     let output = Command::new("id").arg("-u").output();
     output.is_ok_and(|output| output.stdout.trim_ascii() == b"0")
 }
 
-fn in_path(program: &str) -> Option<PathBuf> {
+pub(crate) fn in_path(program: &str) -> Option<PathBuf> {
     let path = std::env::var_os("PATH")?;
     std::env::split_paths(&path)
         .map(|dir| dir.join(OsStr::new(program)))
@@ -180,7 +180,7 @@ fn in_path(program: &str) -> Option<PathBuf> {
 }
 
 /// Runs quietly; the last words of a failure are its reason.
-fn run(command: &mut Command) -> Result<(), String> {
+pub(crate) fn run(command: &mut Command) -> Result<(), String> {
     let output = command
         .stdin(Stdio::null())
         .output()

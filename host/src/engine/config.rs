@@ -19,8 +19,9 @@ use super::guest::Guest;
 pub const WASMTIME_VERSION: &str = "48.0.8";
 
 /// How much of a linear memory stays resident in a free slot; what a guest dirtied beyond it is
-/// given back to the kernel. Larger than what a small service touches, so that it faults nothing.
-const MEMORY_KEEP_RESIDENT: usize = 2 << 20;
+/// given back to the kernel. Larger than what a small service touches, so that it faults nothing: a
+/// Rust guest has its stack in the first MiB and its data behind it.
+const MEMORY_KEEP_RESIDENT: usize = 1536 << 10;
 /// The same for tables.
 const TABLE_KEEP_RESIDENT: usize = 64 << 10;
 /// Free slots that stay bound to the image of the service they ran last.
@@ -194,9 +195,6 @@ pub fn compatibility() -> String {
         .map(|byte| format!("{byte:02x}"))
         .collect()
 }
-
-/// Fuel between two yields: 50–150 µs of tight compute on the machines that we measured.
-pub const QUANTUM_FUEL: u64 = 1_000_000;
 
 /// Handles, resources and copies that one instance may hold or make.
 pub(super) mod caps {

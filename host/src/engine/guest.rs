@@ -1,11 +1,13 @@
 //! What belongs to one instance.
 
+use std::sync::Arc;
 use std::time::Instant;
 
 use http::HeaderName;
 use http::uri::Scheme;
-use wasmtime::component::{ComponentType, Linker, Lower, ResourceTable};
+use wasmtime::component::{ComponentType, HasData, Linker, Lower, ResourceTable};
 use wasmtime::{AsContext, Result, StoreContextMut};
+use wasmtime_wasi::p2::bindings::io;
 use wasmtime_wasi::{WasiCtx, WasiCtxView, WasiView};
 use wasmtime_wasi_http::{
     DEFAULT_FORBIDDEN_HEADERS, RequestOptions, WasiBody, WasiHttpCtx, WasiHttpCtxView,
@@ -13,13 +15,13 @@ use wasmtime_wasi_http::{
 };
 
 use super::config::caps;
-use super::guest_log::GuestLog;
+use super::guest_log::{GuestLog, LogSink};
 use super::memory::MemoryMeter;
 
 /// The data of a store: never shared, never reused.
 pub(super) struct Guest {
     table: ResourceTable,
-    wasi: WasiCtx,
+    wasi: Lazy,
     http: WasiHttpCtx,
     hooks: Hooks,
     pub(super) memory: MemoryMeter,
@@ -27,29 +29,47 @@ pub(super) struct Guest {
     fuel: u64,
 }
 
+/// What a guest gets of `wasi:cli`, `clocks`, `random`, `filesystem` and `sockets`. Most requests
+/// touch none of it, and making it seeds three generators: it is made when it is first asked for.
+struct Lazy {
+    made: Option<Box<WasiCtx>>,
+    env: Arc<[(String, String)]>,
+    log: Arc<dyn LogSink>,
+}
+
+impl Lazy {
+    fn get(&mut self) -> &mut WasiCtx {
+        self.made.get_or_insert_with(|| {
+            let log = GuestLog::new(self.log.clone());
+            let wasi = WasiCtx::builder()
+                .envs(&self.env)
+                .stdout(log.stdout())
+                .stderr(log.stderr())
+                .max_random_size(caps::RANDOM_BYTES)
+                .allow_tcp(false)
+                .allow_udp(false)
+                .allow_ip_name_lookup(false)
+                .build();
+            Box::new(wasi)
+        })
+    }
+}
+
 impl Guest {
     pub(super) fn new(
         memory: MemoryMeter,
         fuel: u64,
-        env: &[(String, String)],
-        log: &GuestLog,
+        env: Arc<[(String, String)]>,
+        log: Arc<dyn LogSink>,
     ) -> Self {
         let mut table = ResourceTable::new();
         table.set_max_capacity(caps::RESOURCES);
         let mut http = WasiHttpCtx::new();
         http.set_field_size_limit(caps::FIELD_BYTES);
-        let wasi = WasiCtx::builder()
-            .envs(env)
-            .stdout(log.stdout())
-            .stderr(log.stderr())
-            .max_random_size(caps::RANDOM_BYTES)
-            .allow_tcp(false)
-            .allow_udp(false)
-            .allow_ip_name_lookup(false)
-            .build();
+        let made = None;
         Self {
             table,
-            wasi,
+            wasi: Lazy { made, env, log },
             http,
             hooks: Hooks,
             memory,
@@ -71,10 +91,17 @@ impl Guest {
 impl WasiView for Guest {
     fn ctx(&mut self) -> WasiCtxView<'_> {
         WasiCtxView {
-            ctx: &mut self.wasi,
+            ctx: self.wasi.get(),
             table: &mut self.table,
         }
     }
+}
+
+/// `wasi:io` needs the table and nothing else.
+struct Table;
+
+impl HasData for Table {
+    type Data<'a> = &'a mut ResourceTable;
 }
 
 impl WasiHttpView for Guest {
@@ -102,7 +129,8 @@ type Transfer = std::result::Result<(), wasmtime_wasi_http::Error>;
 
 impl WasiHttpHooks for Hooks {
     fn is_forbidden_header(&mut self, name: &HeaderName) -> bool {
-        DEFAULT_FORBIDDEN_HEADERS.contains(name)
+        static FORBIDDEN: [HeaderName; 9] = DEFAULT_FORBIDDEN_HEADERS;
+        FORBIDDEN.contains(name)
     }
 
     fn is_supported_scheme(&mut self, _scheme: &Scheme) -> bool {
@@ -141,6 +169,12 @@ struct Usage {
 /// Defines everything that a guest can import.
 pub(super) fn link(linker: &mut Linker<Guest>) -> Result<()> {
     wasmtime_wasi::p2::add_to_linker_async(linker)?;
+    // As the line above has it, but for the way to the table, which there leads through the context.
+    linker.allow_shadowing(true);
+    io::error::add_to_linker::<Guest, Table>(linker, |guest| &mut guest.table)?;
+    io::poll::add_to_linker::<Guest, Table>(linker, |guest| &mut guest.table)?;
+    io::streams::add_to_linker::<Guest, Table>(linker, |guest| &mut guest.table)?;
+    linker.allow_shadowing(false);
     wasmtime_wasi_http::p2::add_only_http_to_linker_async(linker)?;
     linker.instance("insula:guest/usage@0.1.0")?.func_wrap(
         "get",

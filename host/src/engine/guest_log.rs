@@ -26,15 +26,33 @@ pub struct LogLine {
     pub text: String,
 }
 
-/// Where the lines of one request go.
-type Sink = dyn Fn(LogLine) + Send + Sync;
+impl LogLine {
+    /// A line of these bytes, escaped and cut where it is too long.
+    #[must_use]
+    pub fn new(source: LogSource, bytes: &[u8]) -> Self {
+        let text = escape(bytes);
+        Self { source, text }
+    }
+}
+
+/// Where the lines of one request go. Must not block.
+pub trait LogSink: Send + Sync {
+    /// Takes one line.
+    fn line(&self, line: LogLine);
+}
+
+impl<F: Fn(LogLine) + Send + Sync> LogSink for F {
+    fn line(&self, line: LogLine) {
+        self(line);
+    }
+}
 
 /// The two log streams of one request. Cheap to clone.
 #[derive(Clone)]
-pub struct GuestLog(Arc<Inner>);
+pub(super) struct GuestLog(Arc<Inner>);
 
 struct Inner {
-    sink: Box<Sink>,
+    sink: Arc<dyn LogSink>,
     stdout: Mutex<Vec<u8>>,
     stderr: Mutex<Vec<u8>>,
 }
@@ -46,18 +64,13 @@ impl std::fmt::Debug for GuestLog {
 }
 
 impl GuestLog {
-    /// Streams that hand their lines to `sink`, which must not block.
-    pub fn new(sink: impl Fn(LogLine) + Send + Sync + 'static) -> Self {
+    /// Streams that hand their lines to `sink`.
+    pub(super) fn new(sink: Arc<dyn LogSink>) -> Self {
         Self(Arc::new(Inner {
-            sink: Box::new(sink),
+            sink,
             stdout: Mutex::default(),
             stderr: Mutex::default(),
         }))
-    }
-
-    /// A line from the host itself.
-    pub fn host(&self, text: &str) {
-        self.0.emit(LogSource::Host, text.as_bytes());
     }
 
     pub(super) fn stdout(&self) -> Stream {
@@ -78,8 +91,7 @@ impl Inner {
     }
 
     fn emit(&self, source: LogSource, line: &[u8]) {
-        let text = escape(line);
-        (self.sink)(LogLine { source, text });
+        self.sink.line(LogLine::new(source, line));
     }
 
     fn write(&self, source: LogSource, bytes: &[u8]) {
@@ -214,7 +226,9 @@ mod tests {
     fn lines(writes: &[&[u8]]) -> Vec<String> {
         let seen = Arc::new(Mutex::new(Vec::new()));
         let sink = seen.clone();
-        let log = GuestLog::new(move |line| sink.lock().unwrap().push(line.text));
+        let log = GuestLog::new(Arc::new(move |line: LogLine| {
+            sink.lock().unwrap().push(line.text);
+        }));
         for bytes in writes {
             log.stdout().0.write(LogSource::Stdout, bytes);
         }

@@ -28,6 +28,6 @@ pub mod scan;
 
 pub use compile::compile_child_main;
 pub use config::{Engine, EngineError, EngineLimits, compatibility};
-pub use guest_log::{GuestLog, LogLine};
+pub use guest_log::{LogLine, LogSink};
 pub use load::{LoadError, Program};
 pub use memory::TenantMemory;

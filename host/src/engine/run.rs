@@ -2,7 +2,7 @@
 //!
 //! [`run`] is a plain future: whoever polls it decides when and on which thread the guest runs,
 //! and measures it. It returns `Pending` when the guest waits for input or output, and also
-//! after every [`QUANTUM_FUEL`] units, having woken itself.
+//! after every [`Grant::quantum`] units of fuel, having woken itself.
 //!
 //! Whatever the ending (done, trap, or the future dropped half-way), what the instance used is in
 //! the [`Ledger`] once the future is gone.
@@ -20,9 +20,9 @@ use wasmtime_wasi_http::WasiHttpView;
 use wasmtime_wasi_http::p2::bindings::http::types::{ErrorCode, Scheme};
 use wasmtime_wasi_http::p2::body::HyperOutgoingBody;
 
-use super::config::{QUANTUM_FUEL, caps};
+use super::config::caps;
 use super::guest::Guest;
-use super::guest_log::GuestLog;
+use super::guest_log::LogSink;
 use super::load::Program;
 use super::memory::{MemoryMeter, TenantMemory};
 
@@ -40,6 +40,8 @@ pub struct Grant {
     pub fuel: Fuel,
     /// Memory of all its linear memories and tables.
     pub memory: ByteQuantity,
+    /// Fuel between two yields.
+    pub quantum: u64,
 }
 
 /// What one instance used; complete when its future is gone.
@@ -63,8 +65,21 @@ pub struct Verdict {
     pub detail: Option<String>,
 }
 
+/// Whom a run tells of itself, in this order: start, head, end. Each comes at most once.
+pub trait RunEvents: LogSink + 'static {
+    /// The guest's handler is entered; this is how long it took until then.
+    fn started(&self, took: Duration);
+    /// The guest has set the head of its answer.
+    fn head(&self, head: Head);
+    /// The guest has ended. The instance is still there: its side of the response body is dropped
+    /// after this.
+    fn ended(&self, verdict: &Verdict);
+    /// Where the use is written down.
+    fn ledger(&self) -> &Ledger;
+}
+
 /// Everything that one run needs.
-pub struct Invocation<B, H, S, E> {
+pub struct Invocation<B, R> {
     /// What runs.
     pub program: Program,
     /// The request; its body is read when the guest reads it.
@@ -75,20 +90,11 @@ pub struct Invocation<B, H, S, E> {
     pub tenant_memory: Arc<TenantMemory>,
     /// Its environment.
     pub env: Arc<[(String, String)]>,
-    /// Its log.
-    pub log: GuestLog,
-    /// Gets the head of the answer when the guest sets it; dropped uncalled when it never does.
-    pub on_head: H,
-    /// Gets the time from the beginning to the entry of the guest's handler.
-    pub on_start: S,
-    /// Gets the verdict while the instance is still there: before its side of the response body
-    /// is dropped.
-    pub on_end: E,
-    /// Where the use is written down.
-    pub ledger: Arc<Ledger>,
+    /// Who is told.
+    pub events: Arc<R>,
 }
 
-impl<B, H, S, E> std::fmt::Debug for Invocation<B, H, S, E> {
+impl<B, R> std::fmt::Debug for Invocation<B, R> {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("Invocation")
             .field("grant", &self.grant)
@@ -97,77 +103,78 @@ impl<B, H, S, E> std::fmt::Debug for Invocation<B, H, S, E> {
 }
 
 /// A store that writes down what was used when it goes, whichever way it goes.
-struct Metered {
+struct Metered<R: RunEvents> {
     store: Store<Guest>,
-    ledger: Arc<Ledger>,
+    events: Arc<R>,
+    quantum: u64,
     trapped: bool,
 }
 
-impl Drop for Metered {
+impl<R: RunEvents> Drop for Metered<R> {
     fn drop(&mut self) {
         let granted = self.store.data().fuel_granted();
         let left = self.store.get_fuel().unwrap_or(0);
         let mut fuel = granted.saturating_sub(left);
         if self.trapped {
-            fuel = fuel.saturating_add(QUANTUM_FUEL).min(granted);
+            fuel = fuel.saturating_add(self.quantum).min(granted);
         }
         let guest = self.store.data_mut();
         let byte_ms = guest.memory_byte_ms(Instant::now());
-        self.ledger.fuel.store(fuel, Ordering::Relaxed);
-        self.ledger
-            .memory_peak
-            .store(guest.memory.peak_bytes(), Ordering::Relaxed);
-        self.ledger.memory_byte_ms.store(byte_ms, Ordering::Relaxed);
+        let ledger = self.events.ledger();
+        ledger.fuel.store(fuel, Ordering::Relaxed);
+        let peak = guest.memory.peak_bytes();
+        ledger.memory_peak.store(peak, Ordering::Relaxed);
+        ledger.memory_byte_ms.store(byte_ms, Ordering::Relaxed);
     }
 }
 
 /// Runs one request in a fresh instance. When it is over, so is the instance, and the ledger is
 /// complete.
-pub async fn run<B, H, S, E>(invocation: Invocation<B, H, S, E>)
+pub async fn run<B, R>(invocation: Invocation<B, R>)
 where
     B: Body<Data = Bytes> + Send + 'static,
     B::Error: Into<BodyError>,
-    H: FnOnce(Head) + Send + Sync + 'static,
-    S: FnOnce(Duration) + Send,
-    E: FnOnce(&Verdict) + Send,
+    R: RunEvents,
 {
+    let Invocation {
+        program,
+        request,
+        grant,
+        tenant_memory,
+        env,
+        events,
+    } = invocation;
     let began = Instant::now();
-    let memory = MemoryMeter::new(invocation.tenant_memory, invocation.grant.memory, began);
-    let fuel = invocation.grant.fuel.get();
-    let guest = Guest::new(memory, fuel, &invocation.env, &invocation.log);
-    let mut store = Store::new(invocation.program.pre.engine(), guest);
+    let memory = MemoryMeter::new(tenant_memory, grant.memory, began);
+    let fuel = grant.fuel.get();
+    let guest = Guest::new(memory, fuel, env, events.clone());
+    let mut store = Store::new(program.pre.engine(), guest);
     store.limiter(|guest| &mut guest.memory);
     store.set_max_component_handles(caps::HANDLES);
     store.set_hostcall_fuel(caps::HOST_CALL_BYTES);
     let armed = store
         .set_fuel(fuel)
-        .and_then(|()| store.fuel_async_yield_interval(Some(QUANTUM_FUEL)));
+        .and_then(|()| store.fuel_async_yield_interval(Some(grant.quantum)));
     let mut metered = Metered {
         store,
-        ledger: invocation.ledger,
+        events,
+        quantum: grant.quantum,
         trapped: false,
     };
-    let call = async {
-        armed?;
-        let store = &mut metered.store;
-        let on_head = invocation.on_head;
-        let mut http = store.data_mut().http();
-        let request = http.new_incoming_request(Scheme::Http, invocation.request)?;
-        let out = http.new_response_outparam_from_callback(move |head| {
-            on_head(head.map_err(|code: ErrorCode| format!("{code:?}")));
-        })?;
-        let proxy = invocation
-            .program
-            .pre
-            .instantiate_async(&mut *store)
-            .await?;
-        (invocation.on_start)(began.elapsed());
-        proxy
-            .wasi_http_incoming_handler()
-            .call_handle(store, request, out)
+    let result = match armed {
+        Ok(()) => {
+            call(
+                &mut metered.store,
+                &program,
+                request,
+                &metered.events,
+                began,
+            )
             .await
+        }
+        Err(error) => Err(error),
     };
-    let verdict = match call.await {
+    let verdict = match result {
         Ok(()) => Verdict {
             outcome: Outcome::Ok,
             detail: None,
@@ -177,7 +184,34 @@ where
             classify(&error, metered.store.data().memory.refused())
         }
     };
-    (invocation.on_end)(&verdict);
+    metered.events.ended(&verdict);
+}
+
+/// Instantiates and calls the handler.
+async fn call<B, R>(
+    store: &mut Store<Guest>,
+    program: &Program,
+    request: http::Request<B>,
+    events: &Arc<R>,
+    began: Instant,
+) -> Result<(), wasmtime::Error>
+where
+    B: Body<Data = Bytes> + Send + 'static,
+    B::Error: Into<BodyError>,
+    R: RunEvents,
+{
+    let mut http = store.data_mut().http();
+    let request = http.new_incoming_request(Scheme::Http, request)?;
+    let answers = events.clone();
+    let out = http.new_response_outparam_from_callback(move |head| {
+        answers.head(head.map_err(|code: ErrorCode| format!("{code:?}")));
+    })?;
+    let proxy = program.pre.instantiate_async(&mut *store).await?;
+    events.started(began.elapsed());
+    proxy
+        .wasi_http_incoming_handler()
+        .call_handle(store, request, out)
+        .await
 }
 
 /// One error of the engine in the words of metrics and problems.

@@ -10,7 +10,6 @@ use http::HeaderMap;
 use http_body::{Body, Frame, SizeHint};
 use hyper::body::Incoming;
 use insula_types::Outcome;
-use tokio::sync::oneshot;
 
 use super::guarded_io::RequestInProgress;
 use super::headers::{INSULA_USAGE, set};
@@ -105,6 +104,7 @@ impl Drop for Hold {
     fn drop(&mut self) {
         if !self.complete {
             self.exchange.answered(Answer::Abandoned);
+            self.exchange.abandon();
             self.pool.kill(self.key, Outcome::Canceled);
         }
     }
@@ -135,8 +135,10 @@ struct Stream {
     hold: Hold,
     /// Frames that were taken from `inner` before.
     first: std::collections::VecDeque<Frame<Bytes>>,
-    /// Present where the answer ends with a usage trailer.
-    done: Option<oneshot::Receiver<()>>,
+    /// Whether the answer ends with a usage trailer.
+    usage: bool,
+    /// Bytes still to come, where the head has said how many.
+    left: Option<u64>,
     state: StreamState,
 }
 
@@ -193,13 +195,15 @@ impl OutBody {
         inner: ResponseBody,
         hold: Hold,
         first: impl IntoIterator<Item = Frame<Bytes>>,
-        done: Option<oneshot::Receiver<()>>,
+        usage: bool,
+        length: Option<u64>,
     ) -> Self {
         Self::new(Kind::Stream(Box::new(Stream {
             inner,
             hold,
             first: first.into_iter().collect(),
-            done,
+            usage,
+            left: length,
             state: StreamState::Data,
         })))
     }
@@ -248,12 +252,23 @@ impl Stream {
             match next {
                 Some(Ok(frame)) => {
                     let bytes = frame.data_ref().map_or(0, |data| data.len() as u64);
+                    if let Some(left) = &mut self.left {
+                        let Some(rest) = left.checked_sub(bytes) else {
+                            let error = self.broken(BodyError::HttpResponseBodySize(Some(bytes)));
+                            return Poll::Ready(Some(Err(error)));
+                        };
+                        *left = rest;
+                    }
                     let exchange = self.hold.exchange();
                     exchange.bytes_out.fetch_add(bytes, Ordering::Relaxed);
+                    if self.left == Some(0) && !self.usage {
+                        // All is here, and nobody will ask for its end.
+                        self.hold.answered(Answer::Whole);
+                    }
                     return Poll::Ready(Some(Ok(frame)));
                 }
                 Some(Err(error)) => return Poll::Ready(Some(Err(self.broken(error)))),
-                None if self.cut_off() => {
+                None if self.cut_off() || self.left.is_some_and(|left| left > 0) => {
                     let error = self.broken(BodyError::HttpResponseIncomplete);
                     return Poll::Ready(Some(Err(error)));
                 }
@@ -261,13 +276,12 @@ impl Stream {
             }
         }
         if self.state == StreamState::Usage {
-            if let Some(done) = &mut self.done {
-                // Closed, never sent to: either way the instance is gone.
-                let _ = std::task::ready!(Pin::new(done).poll(cx));
+            if self.usage {
+                std::task::ready!(self.hold.exchange().poll_done(cx));
             }
             self.state = StreamState::End;
             self.hold.answered(Answer::Whole);
-            if self.done.take().is_some() {
+            if self.usage {
                 let mut trailers = HeaderMap::with_capacity(1);
                 set(&mut trailers, INSULA_USAGE, &self.hold.exchange().usage());
                 return Poll::Ready(Some(Ok(Frame::trailers(trailers))));

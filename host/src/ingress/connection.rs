@@ -5,6 +5,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use arc_swap::ArcSwap;
+use http::HeaderValue;
 use hyper::service::service_fn;
 use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::server::conn::auto;
@@ -19,6 +20,8 @@ use super::handle::{Origin, handle};
 use super::routes::RouteTable;
 use crate::pool::Pool;
 use crate::pool::worker::Phase;
+
+const NO_ADDRESS: HeaderValue = HeaderValue::from_static("unknown");
 
 /// Connections that a host holds at once.
 const CONNECTIONS_MAX: usize = 20_000;
@@ -110,7 +113,12 @@ impl Ingress {
                 _ = phase.changed() => return,
             };
             match accepted {
-                Ok((stream, client)) => self.welcome(stream, Origin { client, worker }, &phase),
+                Ok((stream, client)) => {
+                    let client = client.ip().to_string();
+                    // An address is printed in ASCII.
+                    let client = HeaderValue::try_from(client).unwrap_or(NO_ADDRESS);
+                    self.welcome(stream, Origin { client, worker }, &phase);
+                }
                 Err(error) => {
                     tracing::warn!(%error, "a connection could not be accepted");
                     tokio::time::sleep(ACCEPT_PAUSE).await;
@@ -152,7 +160,7 @@ impl Ingress {
     ) {
         let (io, connection) = GuardedIo::new(stream, Timeouts::default());
         let service = service_fn(|request| {
-            let ingress = Arc::clone(&self);
+            let (ingress, origin) = (Arc::clone(&self), origin.clone());
             let in_progress = connection.begin_request();
             async move {
                 let response = handle(ingress, origin, request).await;
@@ -172,7 +180,7 @@ impl Ingress {
             self.metrics.unrouted().request_ended(Outcome::BadRequest);
         }
         if let Err(error) = result {
-            tracing::trace!(error, client = %origin.client, "connection ended");
+            tracing::trace!(error, client = ?origin.client, "connection ended");
         }
     }
 }

@@ -1,7 +1,6 @@
 //! One request, from its head to the head of its answer.
 
 use std::borrow::Cow;
-use std::net::SocketAddr;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -10,24 +9,24 @@ use std::time::{Duration, Instant};
 
 use bytes::{Bytes, BytesMut};
 use http::header::{CONNECTION, CONTENT_LENGTH, HOST, HeaderValue, TRAILER};
-use http::{Method, Request, Response, StatusCode, Version};
+use http::{HeaderMap, Method, Request, Response, StatusCode, Version};
 use http_body::{Body, Frame};
 use hyper::body::Incoming;
-use insula_metrics::{InstanceState, ShedReason};
+use insula_metrics::ShedReason;
 use insula_scheduler::WorkerId;
 use insula_types::Outcome;
-use tokio::sync::oneshot;
 
 use super::Ingress;
 use super::body::{Hold, OutBody, RequestBody};
 use super::headers::{self, INSULA_USAGE};
 use super::problem;
 use super::routes::canonical_host;
-use crate::engine::run::{Grant, Head, Invocation, ResponseBody, Verdict, run};
-use crate::engine::{GuestLog, Program};
+use crate::engine::Program;
+use crate::engine::run::{Grant, Head, Invocation, ResponseBody, run};
 use crate::pool::dispatcher::Shed;
-use crate::pool::entries::{Active, ServiceEntry};
-use crate::pool::exchange::{Answer, Exchange, Waiting};
+use crate::pool::entries::ServiceEntry;
+use crate::pool::exchange::{Answer, Exchange};
+use crate::pool::request_id::RequestId;
 
 /// A body that is complete by now and no longer than this goes out in one piece.
 const WHOLE_MAX_BYTES: usize = 64 << 10;
@@ -35,9 +34,10 @@ const WHOLE_MAX_BYTES: usize = 64 << 10;
 const USAGE_WAIT: Duration = Duration::from_millis(50);
 
 /// Where a request came from.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone)]
 pub(super) struct Origin {
-    pub(super) client: SocketAddr,
+    /// The client's address, without its port.
+    pub(super) client: HeaderValue,
     pub(super) worker: WorkerId,
 }
 
@@ -48,7 +48,7 @@ pub(super) async fn handle(
     request: Request<Incoming>,
 ) -> Response<OutBody> {
     let began = Instant::now();
-    let request_id = headers::new_request_id();
+    let request_id = RequestId::new();
     let host = match authority(&request) {
         Ok(host) => host.into_owned(),
         Err(message) => {
@@ -57,7 +57,7 @@ pub(super) async fn handle(
                 .unrouted()
                 .request_ended(Outcome::BadRequest);
             let status = StatusCode::BAD_REQUEST;
-            let mut refusal = problem::detailed(status, Outcome::BadRequest, message, &request_id);
+            let mut refusal = problem::detailed(status, Outcome::BadRequest, message, request_id);
             if request.version() <= Version::HTTP_11 {
                 // Whose request it is could not be agreed on: the next one is not trusted either.
                 let close = HeaderValue::from_static("close");
@@ -69,37 +69,38 @@ pub(super) async fn handle(
     let routes = ingress.routes.load();
     let Some(service) = routes.find(&host, request.uri().path()).cloned() else {
         ingress.metrics.unrouted().request_ended(Outcome::NotFound);
-        return own(problem::problem(Outcome::NotFound, &request_id));
+        return own(problem::problem(Outcome::NotFound, request_id));
     };
     drop(routes);
     let Some(active) = service.active.clone() else {
-        return refuse(&service, Outcome::NotFound, began, &request_id);
+        return refuse(&service, Outcome::NotFound, began, request_id);
     };
-    if declared_length(&request) > service.limits.request_body.get() {
+    let length = declared_length(request.headers());
+    if length.is_some_and(|length| length > service.limits.request_body.get()) {
         service.record_refusal(Outcome::BadRequest, began.elapsed());
-        return own(too_large(&service, &request_id));
+        return own(too_large(&service, request_id));
     }
     let wants_body = *request.method() != Method::HEAD;
-    let (exchange, waiting) = Exchange::new(Arc::clone(&service), request_id, began);
+    let exchange = Exchange::new(Arc::clone(&service), active.number, request_id, began);
     exchange
         .bytes_in
         .store(headers::head_bytes(request.headers()), Ordering::Relaxed);
-    let request = for_guest(request, &exchange, origin, &host);
+    let request = for_guest(request, &exchange, &origin, &host);
     let deadline = began + Duration::from(service.limits.timeout);
-    let work = Box::pin(work(active, Arc::clone(&exchange), request));
+    let work = Box::pin(work(active.program, Arc::clone(&exchange), request));
     let submitted = ingress
         .pool
         .submit(origin.worker, Arc::clone(&exchange), deadline, work);
     match submitted {
         Ok(key) => {
             let hold = Hold::new(Arc::clone(&ingress.pool), key, exchange);
-            answer(hold, waiting, wants_body).await
+            answer(hold, wants_body).await
         }
         Err(shed) => {
             let (outcome, reason) = blame(shed);
             service.tenant.metrics.shed(reason);
             exchange.settle(outcome);
-            own(problem::problem(outcome, &exchange.request_id))
+            own(problem::problem(outcome, exchange.request_id))
         }
     }
 }
@@ -123,13 +124,13 @@ fn refuse(
     service: &ServiceEntry,
     outcome: Outcome,
     began: Instant,
-    request_id: &str,
+    request_id: RequestId,
 ) -> Response<OutBody> {
     service.record_refusal(outcome, began.elapsed());
     own(problem::problem(outcome, request_id))
 }
 
-fn too_large(service: &ServiceEntry, request_id: &str) -> Response<Bytes> {
+fn too_large(service: &ServiceEntry, request_id: RequestId) -> Response<Bytes> {
     let limit = service.limits.request_body.get();
     let title = format!("The request body is larger than {limit} bytes");
     problem::detailed(
@@ -169,87 +170,61 @@ fn authority(request: &Request<Incoming>) -> Result<Cow<'_, str>, &'static str> 
     }
 }
 
-fn declared_length(request: &Request<Incoming>) -> u64 {
-    let length = request.headers().get(CONTENT_LENGTH);
-    let parsed = length.and_then(|value| value.to_str().ok()?.parse().ok());
-    parsed.unwrap_or(0)
+fn declared_length(headers: &HeaderMap) -> Option<u64> {
+    headers.get(CONTENT_LENGTH)?.to_str().ok()?.parse().ok()
 }
 
 fn for_guest(
     request: Request<Incoming>,
     exchange: &Arc<Exchange>,
-    origin: Origin,
+    origin: &Origin,
     host: &str,
 ) -> Request<RequestBody> {
     let (mut parts, body) = request.into_parts();
+    // A canonical host is ASCII.
+    let host = HeaderValue::from_str(host).unwrap_or(HeaderValue::from_static(""));
     headers::prepare_request(
         &mut parts.headers,
-        &exchange.request_id,
-        origin.client.ip(),
-        host,
+        exchange.request_id,
+        &origin.client,
+        &host,
     );
     if parts.uri.authority().is_none() {
         // What wasi:http calls the authority; HTTP/2 has it in the target already.
-        parts.headers.insert(
-            HOST,
-            HeaderValue::from_str(host).unwrap_or(HeaderValue::from_static("")),
-        );
+        parts.headers.insert(HOST, host);
     }
     Request::from_parts(parts, RequestBody::new(body, Arc::clone(exchange)))
 }
 
 /// The guest's part: what the pool polls.
-async fn work(active: Active, exchange: Arc<Exchange>, request: Request<RequestBody>) {
-    let service = Arc::clone(&exchange.service);
-    let metrics = Arc::clone(service.metrics());
-    let mut instance = metrics.instance(InstanceState::Starting);
-    let log = guest_log(&exchange, &active);
-    let program: Program = active.program;
-    let ends = Arc::clone(&exchange);
-    let answers = Arc::clone(&exchange);
-    let host_log = log.clone();
+async fn work(program: Program, exchange: Arc<Exchange>, request: Request<RequestBody>) {
+    exchange.starting();
+    let service = &exchange.service;
     run(Invocation {
         program,
         request,
         grant: Grant {
             fuel: service.limits.fuel,
             memory: service.limits.memory,
+            quantum: exchange.quantum,
         },
         tenant_memory: Arc::clone(&service.tenant.memory),
         env: Arc::clone(&service.env),
-        log,
-        on_head: move |head| answers.send_head(head),
-        on_start: |took| {
-            metrics.instance_started(took);
-            instance.set(InstanceState::Running);
-        },
-        on_end: move |verdict: &Verdict| {
-            if let Some(detail) = &verdict.detail {
-                host_log.host(&format!("{}: {detail}", verdict.outcome));
-            }
-            ends.settle(verdict.outcome);
-        },
-        ledger: Arc::clone(&exchange.ledger),
+        events: Arc::clone(&exchange),
     })
     .await;
 }
 
-fn guest_log(exchange: &Arc<Exchange>, active: &Active) -> GuestLog {
-    let log = Arc::clone(&exchange.service.stats.log);
-    let (request_id, version) = (exchange.request_id.clone(), active.number);
-    GuestLog::new(move |line| log.line(line, version, &request_id))
-}
-
 /// Waits for the head and turns it into a response.
-async fn answer(hold: Hold, waiting: Waiting, wants_body: bool) -> Response<OutBody> {
-    let Waiting { head, done } = waiting;
-    let (mut parts, body) = match head.await {
-        Ok(Head::Ok(response)) if !response.status().is_informational() => response.into_parts(),
-        Ok(Head::Ok(_)) => return bad_response(hold, "a status below 200"),
-        Ok(Head::Err(error)) => return bad_response(hold, &error),
-        Err(_) => return failed(hold),
+async fn answer(hold: Hold, wants_body: bool) -> Response<OutBody> {
+    let head = std::future::poll_fn(|cx| hold.exchange().poll_head(cx)).await;
+    let (mut parts, body) = match head {
+        Some(Head::Ok(response)) if !response.status().is_informational() => response.into_parts(),
+        Some(Head::Ok(_)) => return bad_response(hold, "a status below 200"),
+        Some(Head::Err(error)) => return bad_response(hold, &error),
+        None => return failed(hold),
     };
-    headers::prepare_response(&mut parts.headers, &hold.exchange().request_id);
+    headers::prepare_response(&mut parts.headers, hold.exchange().request_id);
     let bytes = headers::head_bytes(&parts.headers);
     hold.exchange()
         .bytes_out
@@ -267,7 +242,7 @@ async fn answer(hold: Hold, waiting: Waiting, wants_body: bool) -> Response<OutB
         return Response::from_parts(parts, OutBody::host(Bytes::new()));
     }
     let usage = hold.exchange().service.usage_header;
-    let (gathered, done) = gather(body, done, usage).await;
+    let gathered = gather(body, hold.exchange(), usage).await;
     if hold
         .exchange()
         .verdict()
@@ -294,13 +269,16 @@ async fn answer(hold: Hold, waiting: Waiting, wants_body: bool) -> Response<OutB
         }
         Gathered::Broken => return failed(hold),
         Gathered::Open(first, rest) => {
-            let done = usage.then_some(done);
+            let length = declared_length(&parts.headers);
             if usage {
+                // A body of declared length has no trailers (RFC 9112, 7.1.2); ours is checked
+                // against it all the same.
+                parts.headers.remove(CONTENT_LENGTH);
                 parts
                     .headers
                     .insert(TRAILER, HeaderValue::from_static("insula-usage"));
             }
-            OutBody::stream(rest, hold, first, done)
+            OutBody::stream(rest, hold, first, usage, length)
         }
     };
     Response::from_parts(parts, body)
@@ -310,8 +288,8 @@ async fn answer(hold: Hold, waiting: Waiting, wants_body: bool) -> Response<OutB
 fn bad_response(mut hold: Hold, why: &str) -> Response<OutBody> {
     hold.answered(Answer::Broken);
     let exchange = hold.exchange();
-    tracing::debug!(request_id = exchange.request_id, why, "bad response");
-    own(problem::problem(Outcome::BadResponse, &exchange.request_id))
+    tracing::debug!(request_id = %exchange.request_id, why, "bad response");
+    own(problem::problem(Outcome::BadResponse, exchange.request_id))
 }
 
 /// The guest ended without an answer.
@@ -322,9 +300,9 @@ fn failed(mut hold: Hold) -> Response<OutBody> {
         Some(outcome) => outcome,
     };
     let response = if outcome == Outcome::BadRequest {
-        too_large(&exchange.service, &exchange.request_id)
+        too_large(&exchange.service, exchange.request_id)
     } else {
-        problem::problem(outcome, &exchange.request_id)
+        problem::problem(outcome, exchange.request_id)
     };
     hold.answered(Answer::Broken);
     own(response)
@@ -353,11 +331,7 @@ enum Gathered {
 
 /// Takes what the guest has written by now. A small answer is complete here and needs neither
 /// chunks nor a second write. With `usage`, waits a little for the guest's end as well.
-async fn gather(
-    mut body: ResponseBody,
-    mut done: oneshot::Receiver<()>,
-    usage: bool,
-) -> (Gathered, oneshot::Receiver<()>) {
+async fn gather(mut body: ResponseBody, exchange: &Exchange, usage: bool) -> Gathered {
     let mut frames: Vec<Frame<Bytes>> = Vec::new();
     let mut bytes = 0;
     let mut patience = usage.then(|| Box::pin(tokio::time::sleep(USAGE_WAIT)));
@@ -376,8 +350,8 @@ async fn gather(
                 Poll::Ready(None) if !usage => return Poll::Ready(Some(true)),
                 Poll::Ready(None) => {
                     // The body is whole; its usage is final when the instance is gone.
-                    return match Pin::new(&mut done).poll(cx) {
-                        Poll::Ready(_) => Poll::Ready(Some(true)),
+                    return match exchange.poll_done(cx) {
+                        Poll::Ready(()) => Poll::Ready(Some(true)),
                         Poll::Pending => wait(&mut patience, cx),
                     };
                 }
@@ -386,12 +360,11 @@ async fn gather(
         }
     })
     .await;
-    let gathered = match ended {
+    match ended {
         None => Gathered::Broken,
         Some(true) if frames.iter().all(Frame::is_data) => Gathered::Whole(join(frames)),
         _ => Gathered::Open(frames, body),
-    };
-    (gathered, done)
+    }
 }
 
 fn wait(

@@ -1,12 +1,11 @@
 //! What the host takes out of heads and puts into them.
 
-use std::cell::Cell;
-use std::net::IpAddr;
-
 use http::header::{CONNECTION, HeaderMap, HeaderName, HeaderValue};
 
+use crate::pool::request_id::{RequestId, new_traceparent};
+
 /// Names that belong to one hop (RFC 9110, 7.6.1), in both directions.
-const HOP_BY_HOP: [HeaderName; 8] = [
+static HOP_BY_HOP: [HeaderName; 8] = [
     CONNECTION,
     HeaderName::from_static("keep-alive"),
     http::header::PROXY_AUTHENTICATE,
@@ -17,7 +16,7 @@ const HOP_BY_HOP: [HeaderName; 8] = [
     http::header::UPGRADE,
 ];
 
-const X_REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
+pub(super) const X_REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 const TRACEPARENT: HeaderName = HeaderName::from_static("traceparent");
 const FORWARDED_FOR: HeaderName = HeaderName::from_static("x-forwarded-for");
 const FORWARDED_PROTO: HeaderName = HeaderName::from_static("x-forwarded-proto");
@@ -35,41 +34,37 @@ fn strip_hop_by_hop(headers: &mut HeaderMap) {
             headers.remove(name);
         }
     }
-    for name in &HOP_BY_HOP {
-        headers.remove(name);
+    // Comparing a few names costs less than looking each of these up.
+    if headers.keys().any(|name| HOP_BY_HOP.contains(name)) {
+        for name in &HOP_BY_HOP {
+            headers.remove(name);
+        }
     }
 }
 
 /// Prepares a client's head for the guest: what the client says of proxies is not trusted.
 pub(super) fn prepare_request(
     headers: &mut HeaderMap,
-    request_id: &str,
-    client: IpAddr,
-    host: &str,
+    request_id: RequestId,
+    client: &HeaderValue,
+    host: &HeaderValue,
 ) {
     strip_hop_by_hop(headers);
     headers.remove(http::header::FORWARDED);
-    set(headers, X_REQUEST_ID, request_id);
-    set(headers, FORWARDED_FOR, &client.to_string());
+    headers.insert(X_REQUEST_ID, request_id.header());
+    headers.insert(FORWARDED_FOR, client.clone());
     headers.insert(FORWARDED_PROTO, HeaderValue::from_static("http"));
-    set(headers, FORWARDED_HOST, host);
-    let traced = headers.get(TRACEPARENT).is_some_and(is_traceparent);
-    if !traced {
-        let parent = format!(
-            "00-{:016x}{:016x}-{:016x}-00",
-            random(),
-            random(),
-            random() | 1
-        );
-        set(headers, TRACEPARENT, &parent);
+    headers.insert(FORWARDED_HOST, host.clone());
+    if !headers.get(TRACEPARENT).is_some_and(is_traceparent) {
+        headers.insert(TRACEPARENT, new_traceparent());
     }
 }
 
 /// Prepares a guest's head for the client.
-pub(super) fn prepare_response(headers: &mut HeaderMap, request_id: &str) {
+pub(super) fn prepare_response(headers: &mut HeaderMap, request_id: RequestId) {
     strip_hop_by_hop(headers);
     headers.remove(INSULA_USAGE);
-    set(headers, X_REQUEST_ID, request_id);
+    headers.insert(X_REQUEST_ID, request_id.header());
 }
 
 pub(super) fn set(headers: &mut HeaderMap, name: HeaderName, value: &str) {
@@ -89,31 +84,6 @@ fn is_traceparent(value: &HeaderValue) -> bool {
     let mut next = || parts.next().unwrap_or(b"");
     let (version, trace, parent, flags) = (next(), next(), next(), next());
     hex(version, 2) && version != b"ff" && id(trace, 32) && id(parent, 16) && hex(flags, 2)
-}
-
-/// An id for one request: unique for logs, and no secret.
-pub(super) fn new_request_id() -> String {
-    format!("{:016x}", random())
-}
-
-/// 64 bits from a splitmix64 generator per thread (Steele, Lea, Flood, OOPSLA 2014), seeded by
-/// the kernel. Ids only.
-fn random() -> u64 {
-    thread_local! {
-        static STATE: Cell<u64> = {
-            let mut seed = [0; 8];
-            // Without entropy ids may repeat across threads, which confuses nobody but a reader.
-            let _ = getrandom::fill(&mut seed);
-            Cell::new(u64::from_ne_bytes(seed))
-        };
-    }
-    STATE.with(|state| {
-        let next = state.get().wrapping_add(0x9e37_79b9_7f4a_7c15);
-        state.set(next);
-        let mixed = (next ^ (next >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        let mixed = (mixed ^ (mixed >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        mixed ^ (mixed >> 31)
-    })
 }
 
 /// Bytes of a head on the wire, but for the first line: each header takes its name, its value,
@@ -145,15 +115,13 @@ mod tests {
         ] {
             set(&mut headers, name.parse().unwrap(), value);
         }
-        prepare_request(
-            &mut headers,
-            "id",
-            "127.0.0.1".parse().unwrap(),
-            "a.b.localhost",
-        );
+        let id = RequestId::new();
+        let client = HeaderValue::from_static("127.0.0.1");
+        let host = HeaderValue::from_static("a.b.localhost");
+        prepare_request(&mut headers, id, &client, &host);
         assert_eq!(headers["x-forwarded-for"], "127.0.0.1");
         assert_eq!(headers["x-forwarded-host"], "a.b.localhost");
-        assert_eq!(headers["x-request-id"], "id");
+        assert_eq!(headers["x-request-id"], id.as_str());
         assert_eq!(headers["accept"], "*/*");
         for gone in ["forwarded", "connection", "x-secret", "te"] {
             assert!(!headers.contains_key(gone), "{gone}");

@@ -5,6 +5,8 @@ use http::header::{CACHE_CONTROL, CONTENT_TYPE, HeaderValue, RETRY_AFTER};
 use http::{Response, StatusCode};
 use insula_types::Outcome;
 
+use crate::pool::request_id::RequestId;
+
 /// The status for an outcome: the one place where that is decided.
 #[must_use]
 pub const fn status(outcome: Outcome) -> StatusCode {
@@ -48,7 +50,7 @@ const RETRY_SECONDS: &str = "1";
 
 /// A problem response.
 #[must_use]
-pub fn problem(outcome: Outcome, request_id: &str) -> Response<Bytes> {
+pub fn problem(outcome: Outcome, request_id: RequestId) -> Response<Bytes> {
     detailed(status(outcome), outcome, title(outcome), request_id)
 }
 
@@ -58,14 +60,14 @@ pub fn detailed(
     status: StatusCode,
     outcome: Outcome,
     title: &str,
-    request_id: &str,
+    request_id: RequestId,
 ) -> Response<Bytes> {
     let body = serde_json::json!({
         "type": "about:blank",
         "title": title,
         "status": status.as_u16(),
         "code": outcome.as_str(),
-        "request_id": request_id,
+        "request_id": request_id.as_str(),
     });
     let mut response = Response::new(Bytes::from(body.to_string()));
     *response.status_mut() = status;
@@ -75,11 +77,7 @@ pub fn detailed(
         HeaderValue::from_static("application/problem+json"),
     );
     headers.insert(CACHE_CONTROL, HeaderValue::from_static("no-store"));
-    super::headers::set(
-        headers,
-        http::HeaderName::from_static("x-request-id"),
-        request_id,
-    );
+    headers.insert(super::headers::X_REQUEST_ID, request_id.header());
     if matches!(outcome, Outcome::TenantOverloaded | Outcome::HostOverloaded) {
         headers.insert(RETRY_AFTER, HeaderValue::from_static(RETRY_SECONDS));
     }

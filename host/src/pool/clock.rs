@@ -1,4 +1,11 @@
-//! CPU time, measured.
+//! CPU time, measured; and the threads' places before the kernel's scheduler.
+#![allow(
+    unsafe_code,
+    reason = "two system calls that no crate wraps; see the SAFETY notes"
+)]
+
+use std::sync::OnceLock;
+use std::time::{Duration, Instant};
 
 use rustix::time::{ClockId, clock_gettime};
 
@@ -7,6 +14,115 @@ use rustix::time::{ClockId, clock_gettime};
 #[must_use]
 pub fn thread_cpu_ns() -> u64 {
     ns(ClockId::ThreadCPUTime)
+}
+
+/// CPU time of another thread of this process, in nanoseconds; 0 when there is no such thread.
+pub(super) fn other_thread_cpu_ns(tid: i32) -> u64 {
+    /// `CPUCLOCK_SCHED | CPUCLOCK_PERTHREAD_MASK` of the kernel's
+    /// `include/linux/posix-timers.h`: the low bits of a clock id made of a thread's id.
+    const OF_A_THREAD: libc::clockid_t = 2 | 4;
+    let clock = (!tid << 3) | OF_A_THREAD;
+    let mut time = libc::timespec {
+        tv_sec: 0,
+        tv_nsec: 0,
+    };
+    // SAFETY: clock_gettime(2) writes one timespec through the pointer, which is to one of ours;
+    // it refuses a clock that there is not.
+    if unsafe { libc::clock_gettime(clock, &raw mut time) } != 0 {
+        return 0;
+    }
+    let seconds = u64::try_from(time.tv_sec).unwrap_or(0);
+    seconds * 1_000_000_000 + u64::try_from(time.tv_nsec).unwrap_or(0)
+}
+
+/// A thread's claim on a core.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Claim {
+    /// As any thread's: `SCHED_OTHER`.
+    Normal,
+    /// Only where nothing else runs: `SCHED_IDLE`.
+    Leftover,
+}
+
+/// Changes a thread's claim; says whether the kernel allowed it. `tid` 0 is the calling thread.
+pub(super) fn set_claim(tid: i32, claim: Claim) -> bool {
+    let policy = match claim {
+        Claim::Normal => libc::SCHED_OTHER,
+        Claim::Leftover => libc::SCHED_IDLE,
+    };
+    // SAFETY: an all-zero sched_param is a valid one: it is the priority that both policies demand.
+    let priority = unsafe { std::mem::zeroed::<libc::sched_param>() };
+    // SAFETY: sched_setscheduler(2) reads one sched_param through the pointer, which is to one of
+    // ours; it refuses a thread that there is not.
+    unsafe { libc::sched_setscheduler(tid, policy, &raw const priority) == 0 }
+}
+
+/// Whether a thread of this process may be taken its claim and be given it back, which takes
+/// `CAP_SYS_NICE` or a resource limit for it (sched(7), RLIMIT_NICE). Tried once.
+pub(super) fn claims_can_change() -> bool {
+    static TRIED: OnceLock<bool> = OnceLock::new();
+    *TRIED.get_or_init(|| {
+        let there_and_back = || set_claim(0, Claim::Leftover) && set_claim(0, Claim::Normal);
+        std::thread::spawn(there_and_back).join().unwrap_or(false)
+    })
+}
+
+/// A stretch no longer than this is measured by the monotonic clock, which costs a twentieth of the
+/// CPU clock. Whoever took the core from us in the middle of it took no more than that either.
+const SHORT: Duration = Duration::from_micros(50);
+
+/// Divides the CPU time of one thread at boundaries: each stretch ends where the next begins.
+///
+/// On failure: none. Where the kernel gave the core to another process within a short stretch, that
+/// stretch is charged up to [`SHORT`] too much and the next one that reads the CPU clock as much too
+/// little; their sum is always the thread's own.
+#[derive(Debug)]
+pub(super) struct Stopwatch {
+    /// The monotonic clock at the last boundary.
+    boundary: Instant,
+    /// The CPU clock when it was last read.
+    cpu_ns: u64,
+    /// What the stretches since then were given.
+    given_ns: u64,
+}
+
+impl Stopwatch {
+    /// All CPU time of this thread so far belongs to the first stretch.
+    pub(super) fn new() -> Self {
+        Self {
+            boundary: Instant::now(),
+            cpu_ns: 0,
+            given_ns: 0,
+        }
+    }
+
+    /// Ends a stretch of work at a new boundary, and says what CPU time it took.
+    pub(super) fn lap(&mut self) -> (Instant, u64) {
+        let now = Instant::now();
+        let wall = now.saturating_duration_since(self.boundary);
+        if wall > SHORT {
+            return (now, self.read(now));
+        }
+        let ns = u64::try_from(wall.as_nanos()).unwrap_or(0);
+        self.boundary = now;
+        self.given_ns += ns;
+        (now, ns)
+    }
+
+    /// Ends a stretch in which the thread may have slept: it takes a reading of the CPU clock.
+    pub(super) fn read(&mut self, now: Instant) -> u64 {
+        let cpu_ns = thread_cpu_ns();
+        let ns = cpu_ns
+            .saturating_sub(self.cpu_ns)
+            .saturating_sub(self.given_ns);
+        // What was given too much is taken from later stretches.
+        self.given_ns = self
+            .given_ns
+            .saturating_sub(cpu_ns.saturating_sub(self.cpu_ns));
+        self.cpu_ns = cpu_ns;
+        self.boundary = now;
+        ns
+    }
 }
 
 /// CPU time of the whole process, in nanoseconds.
@@ -66,6 +182,37 @@ mod tests {
         assert_eq!(sum_fields(stat, 14..=15), 46);
         assert_eq!(sum_fields(stat, 16..=17), 134);
         assert_eq!(sum_fields("garbage", 14..=15), 0);
+    }
+
+    #[test]
+    fn stretches_add_up_to_the_threads_own_time() {
+        let spin = |wall: Duration| {
+            let begin = Instant::now();
+            while begin.elapsed() < wall {}
+        };
+        let mut watch = Stopwatch::new();
+        let first = watch.read(Instant::now());
+        let mut sum = 0;
+        for round in 0..400 {
+            spin(Duration::from_micros(if round % 7 == 0 { 120 } else { 15 }));
+            sum += watch.lap().1;
+        }
+        std::thread::sleep(Duration::from_millis(20));
+        sum += watch.read(Instant::now());
+        let whole = thread_cpu_ns() - first;
+        assert!(sum <= whole, "{sum} of {whole} ns");
+        assert!(sum + 200_000 >= whole, "{sum} of {whole} ns");
+    }
+
+    #[test]
+    fn another_threads_clock_is_its_own() {
+        let own = thread_cpu_ns();
+        let tid = rustix::thread::gettid().as_raw_nonzero().get();
+        let seen = std::thread::spawn(move || other_thread_cpu_ns(tid)).join();
+        let seen = seen.unwrap();
+        assert!(seen >= own, "{seen} after {own}");
+        // One more than the kernel's largest (proc(5), /proc/sys/kernel/pid_max).
+        assert_eq!(other_thread_cpu_ns(4_194_305), 0, "no such thread");
     }
 
     #[test]

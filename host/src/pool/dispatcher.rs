@@ -7,10 +7,11 @@
 //! On failure: a poll that panics settles its request as `host_error` and drops its future; a
 //! job whose tenant is gone is killed and dropped at its next turn.
 
+use std::cell::RefCell;
 use std::collections::{HashMap, VecDeque};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicBool, AtomicI32, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
 use std::task::{Context, Poll, Waker};
 use std::time::{Duration, Instant};
 
@@ -18,15 +19,20 @@ use insula_scheduler as sched;
 use insula_scheduler::{Class, Nanos, Pick, Scheduler, SliceEnd, WorkerId};
 use insula_types::spec::TenantSpec;
 use insula_types::{Outcome, ServiceId, TenantId};
+use tokio::runtime::Handle;
 use tokio::sync::Notify;
 
-use super::clock::thread_cpu_ns;
+use super::clock::Stopwatch;
 use super::deadlines::{Deadlines, TICK};
 use super::exchange::Exchange;
 use super::jobs::{Job, JobKey, JobWaker, Jobs, Wakefulness, Work};
+use super::pace::{Ending, Lane};
+use super::runners::{Lender, Load, Runners, Ticket};
 
 /// How long a worker polls guests before it looks at its connections again.
 const BATCH: Duration = Duration::from_micros(250);
+/// How long a core is lent before the scheduler is asked again.
+const LOAN: Duration = Duration::from_millis(2);
 /// Requests of all tenants that wait for admission, at most.
 const WAITING_MAX: usize = 100_000;
 
@@ -94,12 +100,17 @@ struct WorkerSlot {
     /// CPU time of the worker's thread outside of slices.
     host_ns: AtomicU64,
     tid: AtomicI32,
+    /// The worker's runtime: timers of its guests belong to it.
+    runtime: OnceLock<Handle>,
+    /// The core to which the worker is pinned.
+    core: OnceLock<usize>,
 }
 
 /// See the module's documentation.
 pub struct Pool {
     inner: Mutex<Inner>,
     workers: Box<[WorkerSlot]>,
+    pub(super) runners: Runners,
     instances: u32,
     epoch: Instant,
     this: Weak<Self>,
@@ -114,12 +125,45 @@ impl std::fmt::Debug for Pool {
 }
 
 /// A worker's own state, kept between batches.
-#[derive(Debug)]
-pub(super) struct WorkerState {
+struct WorkerState {
     id: WorkerId,
-    /// The thread's CPU clock at the last boundary.
-    mark: u64,
+    watch: Stopwatch,
     next_sweep: Instant,
+    /// The thread may have slept since the last boundary.
+    slept: bool,
+    /// Set while a runner has the core.
+    loan: Option<Loan>,
+    /// The runner that had it last; perhaps in the middle of a slice.
+    runner: Option<Arc<Ticket>>,
+}
+
+/// What a worker does with its core for the slice that it picked.
+enum Loan {
+    /// Its runner has it.
+    Lent {
+        key: JobKey,
+        ticket: Arc<Ticket>,
+        exchange: Arc<Exchange>,
+        since: Instant,
+    },
+    /// A runner with an earlier slice has it still.
+    Waiting,
+}
+
+thread_local! {
+    /// Set on the threads of workers.
+    static WORKER: RefCell<Option<WorkerState>> = const { RefCell::new(None) };
+}
+
+/// Gives a worker's own thread its state. `None` on other threads, and while a guest of this
+/// worker is being polled.
+fn with_worker<T>(use_it: impl FnOnce(&mut WorkerState) -> T) -> Option<T> {
+    WORKER.with(|worker| worker.try_borrow_mut().ok()?.as_mut().map(use_it))
+}
+
+/// The calling worker's thread wakes up: what passed since the last boundary is not all its own.
+pub(super) fn slept() {
+    with_worker(|worker| worker.slept = true);
 }
 
 /// What a worker should do after a batch.
@@ -134,7 +178,7 @@ pub(super) enum After {
 }
 
 /// How one slice ended.
-enum Slice {
+pub(super) enum Slice {
     Done,
     Pending(Work),
 }
@@ -175,6 +219,7 @@ impl Pool {
                 waiting: 0,
             }),
             workers: (0..workers).map(|_| WorkerSlot::default()).collect(),
+            runners: Runners::default(),
             instances,
             epoch: Instant::now(),
             this: this.clone(),
@@ -291,6 +336,7 @@ impl Pool {
             exchange,
             deadline,
             work: Some(work),
+            ticket: None,
             killed: None,
             admitted,
         });
@@ -361,8 +407,13 @@ impl Pool {
     }
 
     /// Waits until there may be something to run for this worker.
-    pub(super) async fn wait(&self, worker: &WorkerState) {
-        self.workers[worker.id.index()].wake.notified().await;
+    pub(super) async fn wait(&self, worker: WorkerId) {
+        self.workers[worker.index()].wake.notified().await;
+    }
+
+    /// Wakes one worker: a slice to which it lent its core has ended.
+    pub(super) fn wake_worker(&self, index: usize) {
+        self.workers[index].wake.notify_one();
     }
 
     /// Wakes all workers: to bring their books up to date, or to let them see a shutdown.
@@ -372,31 +423,50 @@ impl Pool {
         }
     }
 
-    /// Called once by each worker's thread.
-    pub(super) fn enter(&self, id: WorkerId) -> WorkerState {
-        let tid = rustix::thread::gettid().as_raw_nonzero().get();
-        self.workers[id.index()].tid.store(tid, Ordering::Relaxed);
-        WorkerState {
-            id,
-            mark: 0,
-            next_sweep: Instant::now(),
+    /// A worker runs on this core only.
+    pub(super) fn pinned(&self, id: WorkerId, core: Option<usize>) {
+        if let Some(core) = core {
+            self.workers[id.index()].core.get_or_init(|| core);
         }
+    }
+
+    fn lender(&self, id: WorkerId) -> Lender {
+        let core = self.workers[id.index()].core.get().copied();
+        Lender { worker: id, core }
+    }
+
+    /// Called once by each worker's thread.
+    pub(super) fn enter(&self, id: WorkerId) {
+        let tid = rustix::thread::gettid().as_raw_nonzero().get();
+        let slot = &self.workers[id.index()];
+        slot.tid.store(tid, Ordering::Relaxed);
+        slot.runtime.get_or_init(Handle::current);
+        let state = WorkerState {
+            id,
+            watch: Stopwatch::new(),
+            next_sweep: Instant::now(),
+            slept: true,
+            loan: None,
+            runner: None,
+        };
+        WORKER.with(|worker| worker.replace(Some(state)));
     }
 
     /// CPU time of the host itself so far, in nanoseconds: the workers' outside of slices, and
     /// all of the other threads and children.
     pub fn host_cpu_ns(&self) -> u64 {
-        let tids: Vec<i32> = self
-            .workers
-            .iter()
-            .map(|slot| slot.tid.load(Ordering::Relaxed))
-            .collect();
+        let mut tids = self.runners.tids().clone();
+        tids.extend(
+            self.workers
+                .iter()
+                .map(|slot| slot.tid.load(Ordering::Relaxed)),
+        );
         let workers: u64 = self
             .workers
             .iter()
             .map(|slot| slot.host_ns.load(Ordering::Relaxed))
             .sum();
-        workers + super::clock::other_cpu_ns(&tids)
+        workers + self.runners.host_ns() + super::clock::other_cpu_ns(&tids)
     }
 
     /// Time that a tenant's runnable requests waited for a core, and time that its limit held
@@ -427,17 +497,25 @@ impl Pool {
     }
 
     /// Brings the worker's books up to date: all since the last boundary was the host's.
-    pub(super) fn settle_host_time(&self, worker: &mut WorkerState) -> u64 {
-        let now = thread_cpu_ns();
+    fn settle_host_time(&self, worker: &mut WorkerState) -> Instant {
+        let (now, ns) = if std::mem::take(&mut worker.slept) {
+            let now = Instant::now();
+            (now, worker.watch.read(now))
+        } else {
+            worker.watch.lap()
+        };
         let host = &self.workers[worker.id.index()].host_ns;
-        host.fetch_add(now.saturating_sub(worker.mark), Ordering::Relaxed);
-        worker.mark = now;
+        host.fetch_add(ns, Ordering::Relaxed);
         now
     }
 
-    /// Polls guests in the scheduler's order for about [`BATCH`].
-    pub(super) fn run_batch(&self, worker: &mut WorkerState) -> After {
-        let began = Instant::now();
+    /// Polls guests in the scheduler's order for about [`BATCH`]. To be called by a worker.
+    pub(super) fn run_batch(&self) -> After {
+        with_worker(|worker| self.batch(worker)).unwrap_or(After::Idle)
+    }
+
+    fn batch(&self, worker: &mut WorkerState) -> After {
+        let began = self.settle_host_time(worker);
         let mut ends = None;
         if began >= worker.next_sweep {
             let left = self.sweep(worker, began);
@@ -445,45 +523,218 @@ impl Pool {
         } else if !lock(&self.workers[worker.id.index()].deadlines).is_empty() {
             ends = Some(worker.next_sweep);
         }
-        let mut first = true;
+        if let Some(loan) = worker.loan.take() {
+            self.call_in(worker.id, loan, began);
+        }
+        let mut now = began;
         loop {
-            let picked = self.pick(worker.id);
-            let (key, work, killed, waker, exchange, deadline) = match picked {
-                Picked::Run(next) => next,
+            let until = match self.pick(worker.id, now) {
+                Picked::Run(next) => match self.run_slice(worker, next, now) {
+                    Ran::Ended { at, end } => {
+                        now = at;
+                        // After a whole slice somebody's answer or input may have waited for it.
+                        let waited = now.saturating_duration_since(began);
+                        if waited >= BATCH || end == SliceEnd::Preempted {
+                            return After::Again;
+                        }
+                        continue;
+                    }
+                    Ran::Lent => now + LOAN,
+                },
                 Picked::Idle => return ends.map_or(After::Idle, After::Until),
-                Picked::Throttled(until) => {
-                    return After::Until(ends.map_or(until, |sweep| sweep.min(until)));
-                }
+                Picked::Throttled(until) => until,
             };
-            if std::mem::take(&mut first) {
-                self.settle_host_time(worker);
+            return After::Until(ends.map_or(until, |sweep| sweep.min(until)));
+        }
+    }
+
+    /// Runs a picked slice that begins at `now`, the worker's last boundary, and charges it; or
+    /// lends the core to a runner for it.
+    fn run_slice(&self, worker: &mut WorkerState, next: Next, now: Instant) -> Ran {
+        let Next {
+            key,
+            what,
+            killed,
+            exchange,
+            deadline,
+            home,
+        } = next;
+        let (work, waker) = match what {
+            What::Poll(work, waker) => (work, waker),
+            What::OnRunner(ticket) => return self.lend(worker, key, ticket, exchange, now),
+        };
+        let used = exchange.cpu_ns.load(Ordering::Relaxed);
+        let lane = exchange.service.stats.pace.lane(used);
+        let killed = killed.or_else(|| (now >= deadline).then_some(Outcome::Timeout));
+        let mut load = Load {
+            work,
+            waker,
+            killed,
+            exchange,
+        };
+        let runtime = self.workers[home.index()].runtime.get();
+        if let (Lane::Runner, None, Some(runtime)) = (lane, killed, runtime) {
+            if self.core_is_taken(worker) {
+                return self.wait_for_core(worker, key, load);
             }
-            let slice = poll_once(work, killed, deadline, waker, &exchange);
-            let now = thread_cpu_ns();
-            let used = now.saturating_sub(worker.mark);
-            worker.mark = now;
-            exchange.charge_cpu(used);
-            let more = self.end_slice(worker.id, key, slice, used);
-            if more {
-                self.wake_idle(worker.id);
+            let exchange = load.exchange.clone();
+            let lender = self.lender(worker.id);
+            match self.runners.lend(&self.this, lender, runtime, load) {
+                Ok(ticket) => {
+                    if let Some(job) = lock(&self.inner).jobs.get_mut(key) {
+                        job.ticket = Some(ticket.clone());
+                    }
+                    return self.lent(worker, key, ticket, exchange, now);
+                }
+                Err(untaken) => load = untaken,
             }
-            if began.elapsed() >= BATCH {
-                return After::Again;
+        }
+        let exchange = load.exchange;
+        let slice = poll_once(load.work, load.killed, load.waker.into(), &exchange);
+        let (at, used) = worker.watch.lap();
+        let end = self.end_slice(worker.id, key, slice, used, &exchange, at);
+        let ending = match end {
+            SliceEnd::Preempted => Ending::Preempted {
+                quantum: exchange.quantum,
+            },
+            _ => Ending::OfItself,
+        };
+        let pace = &exchange.service.stats.pace;
+        pace.slice(Lane::Worker, used, ending);
+        Ran::Ended { at, end }
+    }
+
+    /// Whether a runner is in the middle of a slice on this worker's core. Two of them there would
+    /// take it from one another.
+    fn core_is_taken(&self, worker: &mut WorkerState) -> bool {
+        let id = worker.id;
+        worker.runner.take_if(|ticket| !ticket.runs_for(id));
+        worker.runner.is_some()
+    }
+
+    /// The picked slice needs the core that a runner has: it stands in line again when that one has
+    /// ended, or anything else happens.
+    fn wait_for_core(&self, worker: &mut WorkerState, key: JobKey, load: Load) -> Ran {
+        if let Some(job) = lock(&self.inner).jobs.get_mut(key) {
+            load.waker.set(Wakefulness::Queued);
+            job.work = Some(load.work);
+        }
+        self.free_for_connections(worker);
+        worker.loan = Some(Loan::Waiting);
+        Ran::Lent
+    }
+
+    /// A job was picked that is on a runner already.
+    fn lend(
+        &self,
+        worker: &mut WorkerState,
+        key: JobKey,
+        ticket: Arc<Ticket>,
+        exchange: Arc<Exchange>,
+        now: Instant,
+    ) -> Ran {
+        if !ticket.runs_for(worker.id) && !ticket.has_ended() && self.core_is_taken(worker) {
+            self.free_for_connections(worker);
+            worker.loan = Some(Loan::Waiting);
+            return Ran::Lent;
+        }
+        ticket.lent_by(self.lender(worker.id));
+        // Asked after that: it has ended, or the runner will wake this worker.
+        if ticket.has_ended() {
+            let end = self.charge_runner(worker.id, key, &ticket, &exchange, now);
+            return Ran::Ended { at: now, end };
+        }
+        self.lent(worker, key, ticket, exchange, now)
+    }
+
+    fn lent(
+        &self,
+        worker: &mut WorkerState,
+        key: JobKey,
+        ticket: Arc<Ticket>,
+        exchange: Arc<Exchange>,
+        since: Instant,
+    ) -> Ran {
+        self.free_for_connections(worker);
+        worker.runner = Some(ticket.clone());
+        worker.loan = Some(Loan::Lent {
+            key,
+            ticket,
+            exchange,
+            since,
+        });
+        Ran::Lent
+    }
+
+    fn free_for_connections(&self, worker: &WorkerState) {
+        let slot = &self.workers[worker.id.index()];
+        slot.in_slice.store(false, Ordering::Relaxed);
+    }
+
+    /// Ends a loan: whoever has waited for its end may be next.
+    fn call_in(&self, worker: WorkerId, loan: Loan, now: Instant) {
+        match loan {
+            Loan::Waiting => self.pause(worker, Nanos::ZERO, now),
+            Loan::Lent {
+                key,
+                ticket,
+                exchange,
+                since,
+            } => {
+                if ticket.has_ended() {
+                    self.charge_runner(worker, key, &ticket, &exchange, now);
+                    return;
+                }
+                let used = ticket.charge();
+                ticket.pause(now.saturating_duration_since(since), used);
+                exchange.charge_cpu(used);
+                self.pause(worker, Nanos::from_nanos(used), now);
             }
         }
     }
 
-    fn pick(&self, worker: WorkerId) -> Picked {
-        let at = self.now();
+    /// Charges the picked slice what it used so far; it is not over.
+    fn pause(&self, worker: WorkerId, used: Nanos, now: Instant) {
+        let at = self.nanos(now);
+        // The scheduler knows the worker's slice: it was picked for it and not charged since.
+        let charged = lock(&self.inner)
+            .sched
+            .charge(worker, used, SliceEnd::Paused, at);
+        debug_assert!(charged.is_ok(), "{charged:?}");
+    }
+
+    /// A slice on a runner has ended: charges the rest of it. Its job ends or parks with it, or
+    /// stands in line again.
+    fn charge_runner(
+        &self,
+        worker: WorkerId,
+        key: JobKey,
+        ticket: &Ticket,
+        exchange: &Exchange,
+        now: Instant,
+    ) -> SliceEnd {
+        let used = ticket.charge();
+        match ticket.result() {
+            Some(slice) => self.end_slice(worker, key, slice, used, exchange, now),
+            // Not reachable: only the picked job's worker asks for the result, and once.
+            None => {
+                debug_assert!(false, "a slice ended twice");
+                self.pause(worker, Nanos::from_nanos(used), now);
+                SliceEnd::Paused
+            }
+        }
+    }
+
+    fn pick(&self, worker: WorkerId, now: Instant) -> Picked {
+        let at = self.nanos(now);
         let slot = &self.workers[worker.index()];
         let mut guard = lock(&self.inner);
         let inner = &mut *guard;
-        slot.in_slice.store(false, Ordering::Relaxed);
         loop {
             match inner.sched.pick(worker, at) {
                 Ok(Pick::Run { job, .. }) => {
                     let key = JobKey::of(job);
-                    if let Some(next) = inner.jobs.get_mut(key).and_then(|job| Next::of(key, job)) {
+                    if let Some(next) = inner.jobs.get_mut(key).and_then(|job| job.start(key)) {
                         slot.idle.store(false, Ordering::SeqCst);
                         slot.in_slice.store(true, Ordering::Relaxed);
                         return Picked::Run(next);
@@ -507,18 +758,30 @@ impl Pool {
         }
     }
 
-    /// Charges a slice and decides what becomes of its job. Says whether other runnable work
-    /// should be offered to an idle worker: this one is busy with requests that take longer
-    /// than a slice.
-    fn end_slice(&self, worker: WorkerId, key: JobKey, slice: Slice, used: u64) -> bool {
-        let at = self.now();
+    /// Charges a slice, decides what becomes of its job, and offers other runnable work to an idle
+    /// worker where this one is busy with requests that take longer than a slice. `used` was not
+    /// charged yet.
+    fn end_slice(
+        &self,
+        worker: WorkerId,
+        key: JobKey,
+        slice: Slice,
+        used: u64,
+        exchange: &Exchange,
+        now: Instant,
+    ) -> SliceEnd {
+        exchange.charge_cpu(used);
+        let at = self.nanos(now);
         let mut guard = lock(&self.inner);
         let inner = &mut *guard;
+        let slot = &self.workers[worker.index()];
+        slot.in_slice.store(false, Ordering::Relaxed);
         let (end, mut gone) = match slice {
             Slice::Done => (SliceEnd::Finished, inner.jobs.remove(key)),
             Slice::Pending(work) => {
                 let end = inner.jobs.get_mut(key).map_or(SliceEnd::Finished, |job| {
                     job.work = Some(work);
+                    job.ticket = None;
                     job.park_or_requeue()
                 });
                 (end, None)
@@ -529,14 +792,41 @@ impl Pool {
             inner.finished(job, at);
         }
         drop(guard);
-        if let Some(job) = gone {
-            job.exchange.finish();
+        if gone.is_some() {
+            exchange.finish();
         }
-        end == SliceEnd::Preempted && charged.is_ok_and(|charged| charged.runnable > 1)
+        if end == SliceEnd::Preempted && charged.is_ok_and(|charged| charged.runnable > 1) {
+            self.wake_idle(worker);
+        }
+        end
     }
 }
 
-type Next = (JobKey, Work, Option<Outcome>, Waker, Arc<Exchange>, Instant);
+/// A slice that is about to run.
+struct Next {
+    key: JobKey,
+    what: What,
+    killed: Option<Outcome>,
+    exchange: Arc<Exchange>,
+    deadline: Instant,
+    home: WorkerId,
+}
+
+/// Where the work of a job is.
+enum What {
+    /// Here.
+    Poll(Work, Arc<JobWaker>),
+    /// On a runner since an earlier pick.
+    OnRunner(Arc<Ticket>),
+}
+
+/// What became of a picked slice.
+enum Ran {
+    /// It is over and charged.
+    Ended { at: Instant, end: SliceEnd },
+    /// A runner has the core for it.
+    Lent,
+}
 
 enum Picked {
     Run(Next),
@@ -544,42 +834,20 @@ enum Picked {
     Idle,
 }
 
-trait NextOf: Sized {
-    fn of(key: JobKey, job: &mut Job) -> Option<Self>;
-}
-
-impl NextOf for Next {
-    fn of(key: JobKey, job: &mut Job) -> Option<Self> {
-        let work = job.work.take()?;
-        job.waker.set(Wakefulness::Running);
-        let waker = Waker::from(job.waker.clone());
-        Some((
-            key,
-            work,
-            job.killed,
-            waker,
-            job.exchange.clone(),
-            job.deadline,
-        ))
-    }
-}
-
 /// Runs one slice, or drops the job where it was killed or is late. A panic below ends only this
 /// request.
-fn poll_once(
+pub(super) fn poll_once(
     mut work: Work,
     killed: Option<Outcome>,
-    deadline: Instant,
     waker: Waker,
     exchange: &Exchange,
 ) -> Slice {
-    let late = || (Instant::now() >= deadline).then_some(Outcome::Timeout);
-    if let Some(outcome) = killed.or_else(late) {
+    if let Some(outcome) = killed {
         exchange.settle(outcome);
         let dropped = catch_unwind(AssertUnwindSafe(|| drop(work)));
         if dropped.is_err() {
             tracing::error!(
-                request_id = exchange.request_id,
+                request_id = %exchange.request_id,
                 "dropping a guest panicked"
             );
         }
@@ -592,7 +860,7 @@ fn poll_once(
         Err(_) => {
             exchange.settle(Outcome::HostError);
             tracing::error!(
-                request_id = exchange.request_id,
+                request_id = %exchange.request_id,
                 "the host panicked below a guest"
             );
             // What is left of the future may panic again.
@@ -603,6 +871,26 @@ fn poll_once(
 }
 
 impl Job {
+    /// Takes the work out, to be polled. `None` when somebody polls it.
+    fn start(&mut self, key: JobKey) -> Option<Next> {
+        let what = match (self.work.take(), &self.ticket) {
+            (Some(work), _) => {
+                self.waker.set(Wakefulness::Running);
+                What::Poll(work, self.waker.clone())
+            }
+            (None, Some(ticket)) => What::OnRunner(ticket.clone()),
+            (None, None) => return None,
+        };
+        Some(Next {
+            key,
+            what,
+            killed: self.killed,
+            exchange: self.exchange.clone(),
+            deadline: self.deadline,
+            home: self.home,
+        })
+    }
+
     fn park_or_requeue(&mut self) -> SliceEnd {
         let parked =
             self.killed.is_none() && self.waker.change(Wakefulness::Running, Wakefulness::Parked);

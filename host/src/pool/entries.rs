@@ -9,6 +9,7 @@ use insula_types::spec::RequestLimits;
 use insula_types::{Digest, Outcome, ServiceId, ServiceName, TenantId, TenantName, VersionNumber};
 
 use super::exchange::Record;
+use super::pace::Pace;
 use crate::engine::{Program, TenantMemory};
 use crate::ingress::logs::ServiceLog;
 use crate::messages::UsageDelta;
@@ -67,6 +68,8 @@ pub struct ServiceStats {
     memory_byte_ms: AtomicU64,
     bytes_in: AtomicU64,
     bytes_out: AtomicU64,
+    /// How fast it burns fuel.
+    pub pace: Pace,
     /// Created by the first request: an idle service has no series.
     metrics: OnceLock<Arc<ServiceMetrics>>,
     registry: DataMetrics,
@@ -85,6 +88,7 @@ impl ServiceStats {
             memory_byte_ms: AtomicU64::new(0),
             bytes_in: AtomicU64::new(0),
             bytes_out: AtomicU64::new(0),
+            pace: Pace::default(),
             metrics: OnceLock::new(),
             registry,
             log,

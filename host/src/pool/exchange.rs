@@ -5,14 +5,18 @@
 //! when the last of them lets go.
 
 use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::task::{Context, Poll, Waker};
 use std::time::{Duration, Instant};
 
-use insula_types::Outcome;
-use tokio::sync::oneshot;
+use insula_metrics::{InstanceGuard, InstanceState};
+use insula_types::{Outcome, VersionNumber};
 
 use super::entries::ServiceEntry;
-use crate::engine::run::{Head, Ledger};
+use super::request_id::RequestId;
+use crate::engine::run::{Head, Ledger, RunEvents, Verdict};
+use crate::engine::{LogLine, LogSink};
+use crate::messages::LogSource;
 
 /// What one request used and how it ended.
 #[derive(Debug)]
@@ -45,15 +49,40 @@ pub enum Answer {
     Abandoned = 3,
 }
 
+/// Where the head of the answer is.
+#[derive(Debug)]
+enum HeadPlace {
+    /// The guest may still set it.
+    Awaited,
+    /// The guest has set it.
+    Here(Head),
+    /// The connection has it, or there will be none.
+    Over,
+}
+
+/// What the job leaves for the connection.
+#[derive(Debug)]
+struct Handover {
+    head: HeadPlace,
+    /// The instance is gone and the ledger complete.
+    done: bool,
+    /// The connection's task, when it waits for one of the two.
+    waker: Option<Waker>,
+    /// Counts the instance for as long as it is there.
+    instance: Option<InstanceGuard>,
+}
+
 /// See the module's documentation.
 #[derive(Debug)]
 pub struct Exchange {
     /// Whose request it is.
     pub service: Arc<ServiceEntry>,
+    /// Which version answers it.
+    pub version: VersionNumber,
     /// For logs and headers.
-    pub request_id: String,
-    /// What the instance used; complete once its future is gone.
-    pub ledger: Arc<Ledger>,
+    pub request_id: RequestId,
+    /// Fuel of one slice.
+    pub quantum: u64,
     /// CPU time charged so far, in nanoseconds.
     pub cpu_ns: AtomicU64,
     /// Bytes of the request so far.
@@ -61,64 +90,98 @@ pub struct Exchange {
     /// Bytes of the answer so far.
     pub bytes_out: AtomicU64,
     began: Instant,
+    ledger: Ledger,
     verdict: OnceLock<Outcome>,
     answer: AtomicU8,
-    head: Mutex<Option<oneshot::Sender<Head>>>,
-    done: Mutex<Option<oneshot::Sender<()>>>,
-}
-
-/// The connection's ends of an exchange.
-#[derive(Debug)]
-pub struct Waiting {
-    /// Gets the head of the answer; closed when there will be none.
-    pub head: oneshot::Receiver<Head>,
-    /// Closed when the instance is gone and the ledger complete.
-    pub done: oneshot::Receiver<()>,
+    handover: Mutex<Handover>,
 }
 
 impl Exchange {
-    /// A new exchange, and what its connection waits on.
+    /// A new exchange.
     #[must_use]
     pub fn new(
         service: Arc<ServiceEntry>,
-        request_id: String,
+        version: VersionNumber,
+        request_id: RequestId,
         began: Instant,
-    ) -> (Arc<Self>, Waiting) {
-        let (head_sender, head) = oneshot::channel();
-        let (done_sender, done) = oneshot::channel();
-        let exchange = Self {
+    ) -> Arc<Self> {
+        let quantum = service.stats.pace.quantum();
+        Arc::new(Self {
             service,
+            version,
+            quantum,
             request_id,
-            ledger: Arc::default(),
             cpu_ns: AtomicU64::new(0),
             bytes_in: AtomicU64::new(0),
             bytes_out: AtomicU64::new(0),
             began,
+            ledger: Ledger::default(),
             verdict: OnceLock::new(),
             answer: AtomicU8::new(Answer::None as u8),
-            head: Mutex::new(Some(head_sender)),
-            done: Mutex::new(Some(done_sender)),
-        };
-        (Arc::new(exchange), Waiting { head, done })
+            handover: Mutex::new(Handover {
+                head: HeadPlace::Awaited,
+                done: false,
+                waker: None,
+                instance: None,
+            }),
+        })
     }
 
-    fn take<T>(slot: &Mutex<Option<T>>) -> Option<T> {
-        slot.lock().unwrap_or_else(PoisonError::into_inner).take()
+    fn handover(&self) -> MutexGuard<'_, Handover> {
+        self.handover.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Hands the head to the connection. Later heads, and those after a verdict, are dropped.
-    pub fn send_head(&self, head: Head) {
-        if let Some(sender) = Self::take(&self.head) {
-            // The connection may be gone already: then nobody wants it.
-            let _ = sender.send(head);
+    /// Changes what the connection waits for and wakes it.
+    fn hand_over(&self, change: impl FnOnce(&mut Handover)) {
+        let mut handover = self.handover();
+        change(&mut handover);
+        let waker = handover.waker.take();
+        drop(handover);
+        if let Some(waker) = waker {
+            waker.wake();
         }
+    }
+
+    /// The head of the answer, once; `None` when there will be none. One task waits at a time.
+    pub fn poll_head(&self, cx: &Context<'_>) -> Poll<Option<Head>> {
+        let mut handover = self.handover();
+        match std::mem::replace(&mut handover.head, HeadPlace::Over) {
+            HeadPlace::Here(head) => Poll::Ready(Some(head)),
+            HeadPlace::Over => Poll::Ready(None),
+            HeadPlace::Awaited => {
+                handover.head = HeadPlace::Awaited;
+                handover.waker = Some(cx.waker().clone());
+                Poll::Pending
+            }
+        }
+    }
+
+    /// Ready when the instance is gone and the ledger complete. One task waits at a time.
+    pub fn poll_done(&self, cx: &Context<'_>) -> Poll<()> {
+        let mut handover = self.handover();
+        if handover.done {
+            return Poll::Ready(());
+        }
+        handover.waker = Some(cx.waker().clone());
+        Poll::Pending
+    }
+
+    /// The connection wants nothing any more.
+    pub fn abandon(&self) {
+        let head = std::mem::replace(&mut self.handover().head, HeadPlace::Over);
+        // Outside of the lock: it may hold a body that wakes somebody.
+        drop(head);
     }
 
     /// Says how the guest ended. The first word counts. Must come before the guest's body is
     /// dropped: that is how a cut-off body is told from a finished one.
     pub fn settle(&self, outcome: Outcome) {
         let _ = self.verdict.set(outcome);
-        drop(Self::take(&self.head));
+        self.hand_over(|handover| {
+            if matches!(handover.head, HeadPlace::Awaited) {
+                handover.head = HeadPlace::Over;
+            }
+        });
     }
 
     /// How the guest ended, once it has.
@@ -126,9 +189,18 @@ impl Exchange {
         self.verdict.get().copied()
     }
 
+    /// The instance is about to be made.
+    pub fn starting(&self) {
+        let instance = self.service.metrics().instance(InstanceState::Starting);
+        self.handover().instance = Some(instance);
+    }
+
     /// The instance is gone.
     pub fn finish(&self) {
-        drop(Self::take(&self.done));
+        self.hand_over(|handover| {
+            handover.done = true;
+            handover.instance = None;
+        });
     }
 
     /// Charges measured CPU time.
@@ -147,19 +219,15 @@ impl Exchange {
         );
     }
 
-    /// The `insula-usage` value. Final once [`Waiting::done`] is closed.
+    /// The `insula-usage` value. Final once [`Exchange::poll_done`] is ready.
     #[must_use]
     pub fn usage(&self) -> String {
-        let version = self
-            .service
-            .active
-            .as_ref()
-            .map_or(0, |active| active.number.get());
         format!(
-            "fuel={};cpu_us={};memory_peak={};version={version}",
+            "fuel={};cpu_us={};memory_peak={};version={}",
             self.ledger.fuel.load(Ordering::Relaxed),
             self.cpu_ns.load(Ordering::Relaxed) / 1000,
             self.ledger.memory_peak.load(Ordering::Relaxed),
+            self.version.get(),
         )
     }
 
@@ -172,6 +240,43 @@ impl Exchange {
             Some(outcome) => outcome,
             None => Outcome::HostError,
         }
+    }
+}
+
+impl LogSink for Exchange {
+    fn line(&self, line: LogLine) {
+        let log = &self.service.stats.log;
+        log.line(line, self.version, self.request_id.as_str());
+    }
+}
+
+impl RunEvents for Exchange {
+    fn started(&self, took: Duration) {
+        self.service.metrics().instance_started(took);
+        if let Some(instance) = &mut self.handover().instance {
+            instance.set(InstanceState::Running);
+        }
+    }
+
+    /// Later heads, and those after a verdict, are dropped.
+    fn head(&self, head: Head) {
+        self.hand_over(|handover| {
+            if matches!(handover.head, HeadPlace::Awaited) {
+                handover.head = HeadPlace::Here(head);
+            }
+        });
+    }
+
+    fn ended(&self, verdict: &Verdict) {
+        if let Some(detail) = &verdict.detail {
+            let text = format!("{}: {detail}", verdict.outcome);
+            self.line(LogLine::new(LogSource::Host, text.as_bytes()));
+        }
+        self.settle(verdict.outcome);
+    }
+
+    fn ledger(&self) -> &Ledger {
+        &self.ledger
     }
 }
 

@@ -12,6 +12,7 @@ use insula_types::{Outcome, TenantId};
 
 use super::dispatcher::Pool;
 use super::exchange::Exchange;
+use super::runners::Ticket;
 
 /// A job's place in the table and the generation of that place.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -74,6 +75,11 @@ impl JobWaker {
         self.state.store(to as u8, Ordering::SeqCst);
     }
 
+    /// Whether it was woken while it was polled.
+    pub(super) fn is_woken(&self) -> bool {
+        self.state.load(Ordering::SeqCst) == Wakefulness::Woken as u8
+    }
+
     /// Changes the state only from `from`; says whether it did.
     pub(super) fn change(&self, from: Wakefulness, to: Wakefulness) -> bool {
         self.state
@@ -109,8 +115,10 @@ pub(super) struct Job {
     pub(super) waker: Arc<JobWaker>,
     pub(super) exchange: Arc<Exchange>,
     pub(super) deadline: Instant,
-    /// `None` while a worker polls it.
+    /// `None` while it is being polled.
     pub(super) work: Option<Work>,
+    /// Set while a runner polls it.
+    pub(super) ticket: Option<Arc<Ticket>>,
     /// Set when it is to be dropped instead of polled.
     pub(super) killed: Option<Outcome>,
     /// Whether it holds a place among its tenant's running requests.

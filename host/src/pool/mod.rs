@@ -14,6 +14,9 @@
 //!        └─ Ready, or killed ───▶ dropped here, inside the measured slice
 //! ```
 //!
+//! A slice that may be long is polled by a [runner](runners) instead, to which the worker lends its
+//! core; [`pace`] says which slices those are.
+//!
 //! Who owns what: [`dispatcher::Pool`] owns every job and its future; a worker borrows one future
 //! for one slice; an [`exchange::Exchange`] is shared by a job and the connection that waits for
 //! its answer, and writes the usage record when both are gone. A guest that panics the host code
@@ -28,6 +31,9 @@ pub mod dispatcher;
 pub mod entries;
 pub mod exchange;
 pub mod jobs;
+pub mod pace;
+pub mod request_id;
+mod runners;
 pub mod worker;
 
 pub use dispatcher::Pool;

@@ -14,7 +14,7 @@ use tokio::runtime::LocalOptions;
 use tokio::sync::watch;
 
 use super::Pool;
-use super::dispatcher::{After, WorkerState};
+use super::dispatcher::{self, After};
 use crate::ingress::Ingress;
 
 /// Why a worker could not start.
@@ -95,7 +95,8 @@ pub fn start(
     std::thread::Builder::new()
         .name(format!("insula-worker-{index}"))
         .spawn(move || {
-            pin_to_core(usize::from(index));
+            let core = pin_to_core(usize::from(index));
+            pool.pinned(WorkerId::new(index), core);
             if let Err(error) = work(index, listener, &pool, ingress, phase) {
                 tracing::error!(%error, index, "a worker has no runtime");
             }
@@ -114,43 +115,44 @@ fn work(
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_io()
         .enable_time()
+        .on_thread_unpark(dispatcher::slept)
         .build_local(LocalOptions::default())?;
     let id = WorkerId::new(index);
     runtime.block_on(async {
         let accept = ingress.accept(listener, id, phase.clone());
         let accepting = tokio::task::spawn_local(accept);
-        let mut worker = pool.enter(id);
-        dispatch(pool, &mut worker, phase).await;
+        pool.enter(id);
+        dispatch(pool, id, phase).await;
         accepting.abort();
     });
     // Connections that still stand are dropped with the runtime.
     Ok(())
 }
 
-/// Pins the calling thread to the `index`-th core that this process may use. A refusal costs
-/// speed, nothing else.
-fn pin_to_core(index: usize) {
+/// Pins the calling thread to the `index`-th core that this process may use, and says which that is.
+/// A refusal costs speed, nothing else.
+fn pin_to_core(index: usize) -> Option<usize> {
     use rustix::thread::{CpuSet, sched_getaffinity, sched_setaffinity};
-    let Ok(allowed) = sched_getaffinity(None) else {
-        return;
-    };
+    let allowed = sched_getaffinity(None).ok()?;
     let cores: Vec<usize> = (0..CpuSet::MAX_CPU)
         .filter(|core| allowed.is_set(*core))
         .collect();
-    if cores.is_empty() {
-        return;
-    }
+    let core = *cores.get(index.checked_rem(cores.len())?)?;
     let mut only = CpuSet::new();
-    only.set(cores[index % cores.len()]);
-    if let Err(error) = sched_setaffinity(None, &only) {
-        tracing::debug!(%error, index, "cannot pin a worker to its core");
+    only.set(core);
+    match sched_setaffinity(None, &only) {
+        Ok(()) => Some(core),
+        Err(error) => {
+            tracing::debug!(%error, index, "cannot pin a worker to its core");
+            None
+        }
     }
 }
 
 /// Serves the run queue until the pool has ended.
-async fn dispatch(pool: &Pool, worker: &mut WorkerState, mut phase: watch::Receiver<Phase>) {
+async fn dispatch(pool: &Pool, worker: WorkerId, mut phase: watch::Receiver<Phase>) {
     loop {
-        match pool.run_batch(worker) {
+        match pool.run_batch() {
             After::Again => tokio::task::yield_now().await,
             After::Idle => {
                 // Both branches only wait; nothing is lost when the other one wins.

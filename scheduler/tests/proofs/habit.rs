@@ -42,7 +42,8 @@ impl Habit {
                 (quantum, end)
             }
             Habit::Storm if prng.one_in(20) => {
-                (prng.within(quantum, 100 * quantum), SliceEnd::Preempted)
+                let end = prng.choose(&[SliceEnd::Preempted, SliceEnd::Paused]);
+                (prng.within(quantum, 100 * quantum), end)
             }
             Habit::Storm => (quantum, SliceEnd::Preempted),
             Habit::Traps => (prng.within(0, 2_000), SliceEnd::Finished),

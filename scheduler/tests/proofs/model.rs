@@ -11,9 +11,7 @@ use insula_scheduler::{
     SliceEnd, TenantId, WorkerId,
 };
 
-use crate::model_parts::{
-    CREDIT_QUANTA, DEBT_QUANTA, FRESH_RUN, Lane, RefSlice, RefTenant, Stand, Tag,
-};
+use crate::model_parts::{CREDIT_QUANTA, DEBT_QUANTA, FRESH_RUN, RefSlice, RefTenant, Stand, Tag};
 
 /// The real scheduler and the reference, driven together.
 #[derive(Clone, Debug)]
@@ -144,7 +142,7 @@ impl Twin {
                 start: self.virtual_time,
                 reservation,
                 limit,
-                lanes: [Lane::default(), Lane::default()],
+                lanes: Default::default(),
                 fresh_run: 0,
                 running: 0,
                 stand: Stand::Off,
@@ -309,11 +307,16 @@ impl Twin {
         if let Some(tag) = &mut chosen.limit {
             tag.spend(quantum, self.now);
         }
-        let [fresh, old] = &chosen.lanes;
-        let turn = !old.jobs.is_empty() && chosen.fresh_run >= FRESH_RUN;
-        let lane = usize::from(fresh.jobs.is_empty() || turn);
-        let counts = lane == 0 && !old.jobs.is_empty();
-        chosen.fresh_run = if counts { chosen.fresh_run + 1 } else { 0 };
+        let [fresh, old, paused] = &chosen.lanes;
+        let lane = if paused.jobs.is_empty() {
+            let turn = !old.jobs.is_empty() && chosen.fresh_run >= FRESH_RUN;
+            let lane = usize::from(fresh.jobs.is_empty() || turn);
+            let counts = lane == 0 && !old.jobs.is_empty();
+            chosen.fresh_run = if counts { chosen.fresh_run + 1 } else { 0 };
+            lane
+        } else {
+            2
+        };
         assert_eq!(chosen.lanes[lane].take(worker), (job, home));
         chosen.running += 1;
         let limited = chosen.limit.is_some();
@@ -352,9 +355,10 @@ impl Twin {
         self.last_finish = self.last_finish.max(tenant.start);
         let fate = match (end, tenant.removed) {
             (SliceEnd::Finished | SliceEnd::Blocked, _) => Fate::Released,
-            (SliceEnd::Preempted, true) => Fate::Orphaned,
-            (SliceEnd::Preempted, false) => {
-                tenant.lanes[1].jobs.push_back((slice.job, slice.home));
+            (SliceEnd::Preempted | SliceEnd::Paused, true) => Fate::Orphaned,
+            (SliceEnd::Preempted | SliceEnd::Paused, false) => {
+                let lane = if end == SliceEnd::Paused { 2 } else { 1 };
+                tenant.lanes[lane].jobs.push_back((slice.job, slice.home));
                 Fate::Requeued
             }
         };

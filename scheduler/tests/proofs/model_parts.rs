@@ -78,7 +78,7 @@ pub(crate) struct RefTenant {
     pub(crate) start: i128,
     pub(crate) reservation: Option<Tag>,
     pub(crate) limit: Option<Tag>,
-    pub(crate) lanes: [Lane; 2],
+    pub(crate) lanes: [Lane; 3],
     pub(crate) fresh_run: usize,
     pub(crate) running: usize,
     pub(crate) stand: Stand,

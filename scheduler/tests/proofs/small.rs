@@ -26,7 +26,7 @@ enum Event {
     Remove,
 }
 
-const EVENTS: [Event; 13] = [
+const EVENTS: [Event; 14] = [
     Event::Enqueue(0),
     Event::Enqueue(1),
     Event::Pick(0),
@@ -36,6 +36,7 @@ const EVENTS: [Event; 13] = [
     Event::Charge(0, 100, SliceEnd::Finished),
     Event::Charge(1, 40, SliceEnd::Preempted),
     Event::Charge(1, 300, SliceEnd::Preempted),
+    Event::Charge(1, 200, SliceEnd::Paused),
     Event::Charge(1, 100, SliceEnd::Blocked),
     Event::Tick,
     Event::Reweigh,

@@ -3,7 +3,7 @@
 use insula_tests::TestHost;
 
 /// The samples that have a test here or in `main_job`, by their folders.
-pub(crate) const TESTED: [&str; 5] = ["echo", "hello", "markdown", "sse", "thumbnail"];
+pub(crate) const TESTED: [&str; 6] = ["echo", "hello", "kernels", "markdown", "sse", "thumbnail"];
 
 #[test]
 fn markdown_becomes_html() {
@@ -24,6 +24,27 @@ fn markdown_becomes_html() {
     assert_eq!(answer.status, 200);
     assert_eq!(answer.text().matches("<em>").count(), 50_000);
     assert_eq!(markdown.get("/").send().status, 405);
+}
+
+#[test]
+fn kernels_compute_what_they_should() {
+    let host = TestHost::start();
+    let kernels = host.tenant("a").create().deploy("kernels");
+    let answer = |path: &str| {
+        let answer = kernels.get(path).send();
+        assert_eq!(answer.status, 200, "{path}");
+        answer.text()
+    };
+    // 987 is the 16th Fibonacci number, 1,900 primes are below 16,384.
+    assert_eq!(answer("/fib?n=3"), "2961\n");
+    assert_eq!(answer("/sieve?n=2"), "3800\n");
+    for kernel in ["matmul", "sort", "hash", "map", "strings"] {
+        let once = answer(&format!("/{kernel}?n=1"));
+        assert_eq!(once, answer(&format!("/{kernel}?n=1")));
+        assert_ne!(once, answer(&format!("/{kernel}?n=2")));
+    }
+    assert_eq!(kernels.get("/fib").send().status, 400);
+    assert_eq!(answer("/"), "Hello from Insula\n");
 }
 
 #[test]

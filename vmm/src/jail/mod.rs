@@ -30,6 +30,7 @@
 //! Only [`NotAlone`] stops everything: users and namespaces belong to threads, and a thread that was
 //! forgotten would stay outside.
 
+mod panics;
 mod report;
 pub mod seccomp;
 pub mod spawn;
@@ -42,6 +43,7 @@ use std::num::NonZeroU32;
 use std::os::fd::RawFd;
 use std::path::PathBuf;
 
+pub use panics::say_panics_in_one_line;
 pub use report::{Measure, Missing, Report, Weak};
 
 /// A user and a group of its own, by number; never root's.

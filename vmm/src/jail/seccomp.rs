@@ -123,6 +123,7 @@ fn alternatives(only: Only) -> Result<Vec<SeccompRule>, seccompiler::BackendErro
             SeccompCmpOp::Eq,
             libc::AF_UNIX.unsigned_abs(),
         )?]),
+        Only::Operation(operation) => Ok(vec![rule(0, SeccompCmpOp::Eq, operation)?]),
         Only::Commands(commands) => any_of(1, commands),
         Only::Advice(advice) => any_of(2, advice),
     }

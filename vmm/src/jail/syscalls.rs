@@ -34,6 +34,8 @@ pub enum Only {
     NotExecutable,
     /// `AF_UNIX` in argument 0.
     UnixSocket,
+    /// This in argument 0.
+    Operation(u32),
     /// One of these in argument 1.
     Commands(&'static [u32]),
     /// One of these in argument 2.
@@ -47,6 +49,7 @@ impl Only {
             Self::AnyArguments => "",
             Self::NotExecutable => "without `PROT_EXEC`",
             Self::UnixSocket => "`AF_UNIX`",
+            Self::Operation(_) => "listed operation",
             Self::Commands(_) => "listed commands",
             Self::Advice(_) => "listed advice",
         }
@@ -92,6 +95,7 @@ pub const TABLE: &[Row] = rows! {
     SYS_mremap [Vcpu Device Api] ANY, "allocator";
     SYS_munmap [Vcpu Device Api] ANY, "allocator, the end of a thread";
     SYS_madvise [Vcpu Device Api] Only::Advice(ADVICE), "allocator, the end of a thread, balloon";
+    SYS_prctl [Vcpu Device Api] Only::Operation(PR_SET_VMA), "allocator: names its mappings";
     SYS_futex [Vcpu Device Api] ANY, "locks, channels, joining threads";
     SYS_sched_yield [Vcpu Device Api] ANY, "locks";
     SYS_clock_gettime [Vcpu Device Api] ANY, "where the clock has no fast path; CPU time";
@@ -159,6 +163,9 @@ const ADVICE: &[u32] = &[
     libc::MADV_NOHUGEPAGE.unsigned_abs(),
     libc::MADV_DONTDUMP.unsigned_abs(),
 ];
+
+/// `linux/prctl.h`: says what a mapping is for, in `/proc/PID/maps`.
+const PR_SET_VMA: u32 = 0x5356_4d41;
 
 const FIONBIO: u32 = 0x5421;
 

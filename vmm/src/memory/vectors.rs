@@ -24,6 +24,31 @@ pub struct Segment {
     pub bytes: u32,
 }
 
+/// `bytes` of the segments, from `offset` on.
+#[must_use]
+pub fn part(segments: &[Segment], offset: u32, bytes: u32) -> Vec<Segment> {
+    let (mut skip, mut left) = (offset, bytes);
+    let mut taken = Vec::with_capacity(segments.len());
+    for segment in segments {
+        if skip >= segment.bytes {
+            skip -= segment.bytes;
+            continue;
+        }
+        let take = (segment.bytes - skip).min(left);
+        if take == 0 {
+            break;
+        }
+        taken.push(Segment {
+            // Cannot pass the end of memory: the whole segment was checked to lie in it.
+            address: GuestAddress(segment.address.0.saturating_add(u64::from(skip))),
+            bytes: take,
+        });
+        skip = 0;
+        left -= take;
+    }
+    taken
+}
+
 /// Pointers to pieces of guest memory, valid as long as the memory is borrowed.
 #[derive(Debug)]
 pub struct Vectors<'m> {

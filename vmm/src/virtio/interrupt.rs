@@ -28,6 +28,16 @@ impl fmt::Debug for InterruptLine {
     }
 }
 
+impl InterruptLine {
+    /// One edge.
+    pub fn pulse(&self) {
+        match self {
+            Self::Irqfd(line) => line.raise(),
+            Self::Call(call) => call(),
+        }
+    }
+}
+
 /// Status and line together. Cheap to clone.
 #[derive(Debug, Clone)]
 pub struct Interrupt {
@@ -65,10 +75,7 @@ impl Interrupt {
 
     fn raise(&self, bit: u32) {
         self.inner.status.fetch_or(bit, Ordering::SeqCst);
-        match &self.inner.line {
-            InterruptLine::Irqfd(line) => line.raise(),
-            InterruptLine::Call(call) => call(),
-        }
+        self.inner.line.pulse();
     }
 
     pub(super) fn status(&self) -> u32 {

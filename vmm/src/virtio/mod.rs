@@ -21,6 +21,7 @@
 //! and sets NEEDS_RESET, and the machine goes on without it until the driver resets it. It can
 //! notify without end: that costs its own vCPU time and a bounded turn of the worker.
 
+pub mod block;
 mod config_space;
 mod device;
 mod interrupt;

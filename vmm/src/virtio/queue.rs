@@ -7,13 +7,13 @@
 use std::sync::atomic::Ordering;
 
 use virtio_queue::{Queue, QueueOwnedT, QueueT};
-use vm_memory::{Bytes as _, GuestAddress, GuestMemoryBackend};
+use vm_memory::{Bytes as _, GuestMemoryBackend};
 
 use super::device::{DeviceError, QueueSpec};
 use super::interrupt::Interrupt;
 use crate::event::Event;
 use crate::memory::GuestMemory;
-use crate::memory::vectors::{Segment, Vectors};
+use crate::memory::vectors::{Segment, Vectors, part};
 
 /// What is wrong with a driver's rings. The device stops, the machine does not.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -179,30 +179,6 @@ impl Chain {
 }
 
 const GONE: DeviceError = DeviceError::Protocol("a buffer is no longer guest memory");
-
-/// `bytes` of the segments, from `offset` on.
-fn part(segments: &[Segment], offset: u32, bytes: u32) -> Vec<Segment> {
-    let (mut skip, mut left) = (offset, bytes);
-    let mut taken = Vec::with_capacity(segments.len());
-    for segment in segments {
-        if skip >= segment.bytes {
-            skip -= segment.bytes;
-            continue;
-        }
-        let take = (segment.bytes - skip).min(left);
-        if take == 0 {
-            break;
-        }
-        taken.push(Segment {
-            // Cannot pass the end of memory: the whole segment was checked to lie in it.
-            address: GuestAddress(segment.address.0.saturating_add(u64::from(skip))),
-            bytes: take,
-        });
-        skip = 0;
-        left -= take;
-    }
-    taken
-}
 
 /// The queues of a live device, its memory and its interrupt.
 #[derive(Debug)]

@@ -29,7 +29,7 @@ const VENDOR: u32 = 0x5553_4e49;
 const CONFIG: u64 = 0x100;
 
 /// Offset of QueueNotify, where KVM may catch writes itself.
-pub(crate) const QUEUE_NOTIFY: u64 = 0x50;
+const QUEUE_NOTIFY: u64 = 0x50;
 
 const RING_FEATURES: u64 =
     1 << VIRTIO_F_VERSION_1 | 1 << VIRTIO_RING_F_EVENT_IDX | 1 << VIRTIO_RING_F_INDIRECT_DESC;
@@ -133,6 +133,11 @@ impl MmioTransport {
     #[must_use]
     pub fn notifications(&self) -> &[Event] {
         self.worker.notifications()
+    }
+
+    /// Where the driver writes to notify, for a device whose registers start at `base`.
+    pub(crate) fn notify_address(base: GuestAddress) -> GuestAddress {
+        GuestAddress(base.0 + QUEUE_NOTIFY)
     }
 
     /// How often the device stopped because of its driver or its host side, and why it did last.

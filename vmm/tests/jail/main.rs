@@ -20,6 +20,10 @@ use insula_vmm::jail::Measure;
 use insula_vmm::jail::spawn::{PidNamespace, in_pid_namespace};
 use libtest_mimic::{Arguments, Failed, Trial};
 
+/// The allocator of the program that monitors are started from: the filters are made for it.
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+
 type Outcome = Result<(), Failed>;
 
 fn main() -> ExitCode {

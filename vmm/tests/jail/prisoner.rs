@@ -193,6 +193,7 @@ fn behind_filter(
     kind: Kind,
     body: impl FnOnce() -> io::Result<()> + Send + 'static,
 ) -> io::Result<()> {
+    jail::say_panics_in_one_line();
     rustix::thread::set_no_new_privs(true)?;
     let filters = Filters::compile().map_err(io::Error::other)?;
     let then = move || {

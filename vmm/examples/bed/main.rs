@@ -1,0 +1,51 @@
+//! The machine tests that need real KVM and a distribution's kernel. `cargo xtask vm-test` builds
+//! this statically, puts it into an initramfs, and boots that where KVM works: in an emulator.
+//!
+//! Says `ok` or `FAILED` for each case.
+
+mod cases;
+mod console;
+mod guest;
+
+use std::io::{self, Write};
+use std::panic::{self, AssertUnwindSafe};
+use std::process::ExitCode;
+use std::time::Instant;
+
+use insula_vmm::Hypervisor;
+
+fn main() -> ExitCode {
+    let hypervisor = match Hypervisor::open() {
+        Ok(hypervisor) => hypervisor,
+        Err(why) => {
+            say(&format!("FAILED opening KVM: {why}"));
+            return ExitCode::FAILURE;
+        }
+    };
+    let failed = cases::ALL
+        .into_iter()
+        .filter(|(name, case)| !run(name, || case(&hypervisor)))
+        .count();
+    if failed == 0 {
+        ExitCode::SUCCESS
+    } else {
+        ExitCode::FAILURE
+    }
+}
+
+/// A case returns what it found worth telling, and panics if it fails.
+fn run(name: &str, case: impl FnOnce() -> String) -> bool {
+    let start = Instant::now();
+    let outcome = panic::catch_unwind(AssertUnwindSafe(case));
+    let seconds = start.elapsed().as_secs_f64();
+    match &outcome {
+        Ok(found) => say(&format!("ok {name} ({seconds:.1} s) {found}")),
+        Err(_) => say(&format!("FAILED {name} ({seconds:.1} s)")),
+    }
+    outcome.is_ok()
+}
+
+/// Lines that `cargo xtask vm-test` shows.
+fn say(line: &str) {
+    let _ = writeln!(io::stdout().lock(), "bed: {line}");
+}

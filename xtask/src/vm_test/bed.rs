@@ -1,0 +1,188 @@
+//! Making the bed: the programs, and the images that they lie in.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+
+use anyhow::{Context, Result, bail};
+use serde_json::Value;
+
+use super::cpio::Archive;
+use super::debian::Debian;
+use crate::repository::{Repository, cargo};
+use crate::say;
+use crate::tools::run;
+
+/// What makes `/dev/kvm`, in the order in which they are loaded.
+const HOST_MODULES: [&str; 3] = [
+    "virt/lib/irqbypass",
+    "arch/x86/kvm/kvm",
+    "arch/x86/kvm/kvm-amd",
+];
+
+/// What the inner guest needs to find its devices, in the order in which they are loaded: the bus
+/// uses symbols of the ring.
+const GUEST_MODULES: [&str; 5] = [
+    "drivers/virtio/virtio_ring",
+    "drivers/virtio/virtio",
+    "drivers/virtio/virtio_mmio",
+    "drivers/block/virtio_blk",
+    "drivers/char/hw_random/virtio-rng",
+];
+
+/// Of the bed: brings up KVM, runs the tests, goes off.
+const HOST_INIT: &str = r#"#!/bin/busybox sh
+B=/bin/busybox
+$B mount -t proc proc /proc
+$B mount -t sysfs sysfs /sys
+$B mount -t devtmpfs dev /dev
+$B mount -t tmpfs tmp /tmp
+for module in MODULES; do $B insmod /modules/$module.ko || echo "bed: FAILED loading $module"; done
+if /bed/micro --test-threads=1 > /tmp/micro 2>&1; then
+    echo "bed: ok micro-guests under nested KVM: $($B grep '^test result' /tmp/micro)"
+else
+    $B cat /tmp/micro
+    echo "bed: FAILED micro-guests under nested KVM"
+fi
+/bed/bed
+echo "bed: end"
+$B poweroff -f
+"#;
+
+/// Of the inner guest, from its initramfs: loads modules, goes over to the root disk.
+const GUEST_INIT: &str = r#"#!/bin/busybox sh
+B=/bin/busybox
+$B mount -t proc proc /proc
+$B mount -t sysfs sysfs /sys
+$B mount -t devtmpfs dev /dev
+for module in MODULES; do $B insmod /modules/$module.ko; done
+i=0
+while [ ! -b /dev/vda ] && [ $i -lt 300 ]; do $B sleep 0.1; i=$((i + 1)); done
+$B mount -t ext4 /dev/vda /root || echo "no root disk"
+$B umount /proc /sys
+$B mount -o move /dev /root/dev
+exec $B switch_root /root /init
+"#;
+
+/// Of the inner guest, from its root disk: does what the console says.
+const ROOT_INIT: &str = r#"#!/bin/busybox sh
+export PATH=/bin
+/bin/busybox mkdir -p /proc /sys /tmp
+/bin/busybox mount -t proc proc /proc
+/bin/busybox mount -t sysfs sysfs /sys
+/bin/busybox --install -s /bin
+stty -echo
+echo @ready
+while read -r line; do eval "$line"; echo "@done $?"; done
+"#;
+
+/// Size of the inner guest's root disk.
+const ROOT_BYTES: u64 = 48 << 20;
+
+/// Builds all; returns the image to boot.
+pub(super) fn build(repository: &Repository, dir: &Path, debian: &Debian) -> Result<PathBuf> {
+    let programs = programs(repository, dir)?;
+    let root = root_disk(dir, debian)?;
+
+    let mut inner = Archive::new()?;
+    inner.file("init", with_modules(GUEST_INIT, &GUEST_MODULES).as_bytes())?;
+    inner.copy("bin/busybox", &debian.busybox)?;
+    modules(&mut inner, debian, &GUEST_MODULES)?;
+
+    let mut bed = Archive::new()?;
+    bed.file("init", with_modules(HOST_INIT, &HOST_MODULES).as_bytes())?;
+    bed.copy("bin/busybox", &debian.busybox)?;
+    modules(&mut bed, debian, &HOST_MODULES)?;
+    bed.copy("bed/bed", &programs.bed)?;
+    bed.copy("bed/micro", &programs.micro)?;
+    bed.copy("bed/vmlinuz", &debian.kernel)?;
+    bed.file("bed/inner.cpio", &inner.finish()?)?;
+    bed.copy("bed/root.ext4", &root)?;
+    let image = dir.join("bed.cpio");
+    fs::write(&image, bed.finish()?).with_context(|| image.display().to_string())?;
+    Ok(image)
+}
+
+fn name(module: &str) -> &str {
+    module.rsplit('/').next().unwrap_or(module)
+}
+
+fn with_modules(script: &str, modules: &[&str]) -> String {
+    let names: Vec<&str> = modules.iter().map(|module| name(module)).collect();
+    script.replace("MODULES", &names.join(" "))
+}
+
+fn modules(archive: &mut Archive, debian: &Debian, modules: &[&str]) -> Result<()> {
+    for module in modules {
+        let name = format!("modules/{}.ko", name(module));
+        archive.copy(&name, &debian.module(module))?;
+    }
+    Ok(())
+}
+
+struct Programs {
+    bed: PathBuf,
+    micro: PathBuf,
+}
+
+/// Links the tests statically, for a system that has no libraries.
+fn programs(repository: &Repository, dir: &Path) -> Result<Programs> {
+    say("   building the machine tests, linked statically");
+    let output = cargo(&repository.root)
+        .args(["build", "--release", "--package", "insula-vmm"])
+        .args(["--example", "bed", "--test", "micro"])
+        // Named, so that build scripts and procedural macros are not linked statically as well.
+        .args(["--target", "x86_64-unknown-linux-gnu"])
+        .arg("--target-dir")
+        .arg(dir.join("build"))
+        .arg("--message-format=json-render-diagnostics")
+        .env("RUSTFLAGS", "-C target-feature=+crt-static")
+        .stderr(Stdio::inherit())
+        .output()
+        .context("cargo build")?;
+    if !output.status.success() {
+        bail!("the machine tests do not build");
+    }
+    let messages = String::from_utf8_lossy(&output.stdout).into_owned();
+    let find = |name: &str| {
+        let mut artefacts = messages
+            .lines()
+            .filter_map(|line| serde_json::from_str::<Value>(line).ok())
+            .filter(|message| message["target"]["name"] == name);
+        let executable =
+            artefacts.find_map(|message| message["executable"].as_str().map(PathBuf::from));
+        executable.with_context(|| format!("cargo built no {name}"))
+    };
+    Ok(Programs {
+        bed: find("bed")?,
+        micro: find("micro")?,
+    })
+}
+
+/// A real ext4 file system with busybox and an init.
+fn root_disk(dir: &Path, debian: &Debian) -> Result<PathBuf> {
+    let content = dir.join("root");
+    let _ = fs::remove_dir_all(&content);
+    let bin = content.join("bin");
+    for directory in [&bin, &content.join("dev")] {
+        fs::create_dir_all(directory).with_context(|| directory.display().to_string())?;
+    }
+    fs::copy(&debian.busybox, bin.join("busybox")).context("copying busybox")?;
+    let init = content.join("init");
+    fs::write(&init, ROOT_INIT).with_context(|| init.display().to_string())?;
+    executable(&init)?;
+    executable(&bin.join("busybox"))?;
+    let image = dir.join("root.ext4");
+    let file = fs::File::create(&image).with_context(|| image.display().to_string())?;
+    file.set_len(ROOT_BYTES)?;
+    let mut mkfs = Command::new(&debian.mkfs);
+    mkfs.args(["-q", "-F", "-d"]).arg(&content).arg(&image);
+    run(&mut mkfs).map_err(|why| anyhow::anyhow!("mkfs.ext4: {why}"))?;
+    Ok(image)
+}
+
+fn executable(path: &Path) -> Result<()> {
+    use std::os::unix::fs::PermissionsExt;
+    fs::set_permissions(path, fs::Permissions::from_mode(0o755))
+        .with_context(|| path.display().to_string())
+}
