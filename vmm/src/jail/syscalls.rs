@@ -115,7 +115,7 @@ pub const TABLE: &[Row] = rows! {
     SYS_write [Vcpu Device Api] ANY, "event descriptors, console, tap, disk, log";
     SYS_close [Vcpu Device Api] ANY, "connections that ended";
     SYS_ioctl [Vcpu] Only::Commands(VCPU_COMMANDS), "`KVM_RUN`; vCPU state for snapshots";
-    SYS_ioctl [Device] Only::Commands(DEVICE_COMMANDS), "non-blocking sockets";
+    SYS_ioctl [Device] Only::Commands(DEVICE_COMMANDS), "non-blocking sockets; interrupts";
     SYS_ioctl [Api] Only::Commands(API_COMMANDS), "VM state for snapshots; non-blocking sockets";
     SYS_readv [Device Api] ANY, "tap, sockets";
     SYS_writev [Vcpu Device Api] ANY, "tap, sockets, console";
@@ -169,7 +169,10 @@ const PR_SET_VMA: u32 = 0x5356_4d41;
 
 const FIONBIO: u32 = 0x5421;
 
-const DEVICE_COMMANDS: &[u32] = &[FIONBIO];
+/// `KVM_IRQ_LINE`: an interrupt, where KVM has no irqfd.
+const IRQ_LINE: u32 = kvm(SET, 0x61, size_of::<kvm_bindings::kvm_irq_level>());
+
+const DEVICE_COMMANDS: &[u32] = &[FIONBIO, IRQ_LINE];
 
 /// `_IOC(direction, KVMIO, number, size)` of `asm-generic/ioctl.h`, with `KVMIO` = 0xae.
 const fn kvm(direction: u32, number: u32, size: usize) -> u32 {
@@ -194,6 +197,7 @@ const VCPU_COMMANDS: &[u32] = {
         kvm_regs, kvm_sregs, kvm_vcpu_events, kvm_xcrs, kvm_xsave,
     };
     &[
+        IRQ_LINE,
         kvm(NONE, 0x80, 0),                            // KVM_RUN
         kvm(GET, 0x81, size_of::<kvm_regs>()),         // KVM_GET_REGS
         kvm(SET, 0x82, size_of::<kvm_regs>()),         // KVM_SET_REGS
@@ -233,6 +237,7 @@ const API_COMMANDS: &[u32] = {
     use kvm_bindings::{kvm_clock_data, kvm_irqchip, kvm_pit_state2};
     &[
         FIONBIO,
+        IRQ_LINE,
         kvm(GET | SET, 0x62, size_of::<kvm_irqchip>()), // KVM_GET_IRQCHIP
         kvm(GET, 0x63, size_of::<kvm_irqchip>()),       // KVM_SET_IRQCHIP (_IOR in linux/kvm.h)
         kvm(SET, 0x7b, size_of::<kvm_clock_data>()),    // KVM_SET_CLOCK
