@@ -18,6 +18,8 @@
 //! * [`layout`]: what is where in guest-physical memory
 //! * [`life`]: the life of a machine, one enum and one transition function
 //! * [`memory`]: guest memory, and the vectors through which files are read into it
+//! * [`monitor`]: the process that runs one machine, and how its host speaks with it
+//! * [`probe`]: what kind of KVM this is, by trying
 //! * [`rate_limiter`]: token buckets for bytes and operations
 //! * [`threads`]: how threads are started, and where the jail hooks in
 //! * [`virtio`]: the MMIO transport, the queues, and the trait that a device implements
@@ -35,6 +37,8 @@ pub mod layout;
 pub mod life;
 pub mod machine;
 pub mod memory;
+pub mod monitor;
+pub mod probe;
 pub mod rate_limiter;
 pub mod threads;
 mod vcpu;

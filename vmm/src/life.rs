@@ -15,7 +15,7 @@
 //! ```
 //!
 //! The host keeps one [`State`] per machine and feeds it what was asked for and what it observed;
-//! the monitor keeps one of its own and refuses the same things. A monitor that ends without having
+//! the monitor has a [`Phase`](crate::machine::Phase) of its own. A monitor that ends without having
 //! been told to is [`Event::Exited`] in a state that does not expect it: that is a failure, with the
 //! exit status as its reason, and never a silent stop.
 //!
@@ -53,7 +53,8 @@ pub enum Origin {
     Boot,
     /// A snapshot, in a new monitor.
     Snapshot,
-    /// The kernel's entry point again, in the monitor that is there.
+    /// The kernel's entry point again, after a reset: in a new monitor, since the old one is behind
+    /// filters that let it make no machine.
     Reboot,
 }
 
@@ -73,6 +74,8 @@ pub enum StopCause {
 pub enum Exit {
     /// By itself, with this code.
     Code(i32),
+    /// Nobody could see: its parent was gone.
+    Unknown,
     /// Killed by this signal; 31 (SIGSYS) is a system call that its filter forbids.
     Signal(i32),
 }
@@ -83,18 +86,10 @@ pub enum Exit {
 pub enum Failure {
     /// It could not be set up; the text is the first error.
     Setup(String),
-    /// A vCPU stopped in a way that no guest survives (triple fault, unknown exit, KVM error).
-    Vcpu {
-        /// Which one.
-        index: u8,
-        /// What KVM said.
-        detail: String,
-    },
-    /// The guest did not feed its watchdog for this long.
-    Watchdog {
-        /// Milliseconds since the last sign of life.
-        silent_ms: u64,
-    },
+    /// The guest came to where it could not go on; the text is the monitor's reason.
+    Guest(String),
+    /// Its monitor did not do what a monitor does; the text is what was seen.
+    Monitor(String),
     /// The monitor ended without having been told to.
     MonitorEnded(Exit),
 }
@@ -103,10 +98,10 @@ impl fmt::Display for Failure {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Setup(detail) => write!(f, "could not be set up: {detail}"),
-            Self::Vcpu { index, detail } => write!(f, "vCPU {index} cannot go on: {detail}"),
-            Self::Watchdog { silent_ms } => {
-                write!(f, "the guest gave no sign of life for {silent_ms} ms")
-            }
+            Self::Guest(detail) | Self::Monitor(detail) => f.write_str(detail),
+            Self::MonitorEnded(Exit::Unknown) => f.write_str(
+                "the monitor ended without a word: it was killed, or this machine was turned off",
+            ),
             Self::MonitorEnded(Exit::Code(code)) => {
                 write!(f, "the monitor ended by itself with code {code}")
             }
@@ -232,6 +227,29 @@ impl State {
         "defined", "starting", "running", "paused", "stopping", "stopped", "failed", "deleting",
     ];
 
+    /// Whether the machine's memory is there, or is about to be.
+    #[must_use]
+    pub const fn has_memory(&self) -> bool {
+        match self {
+            Self::Starting { .. }
+            | Self::Running { .. }
+            | Self::Paused { .. }
+            | Self::Stopping { .. } => true,
+            Self::Defined | Self::Stopped { .. } | Self::Failed { .. } | Self::Deleting => false,
+        }
+    }
+
+    /// The monitor, where there is one.
+    #[must_use]
+    pub const fn monitor(&self) -> Option<MonitorPid> {
+        match self {
+            Self::Running { monitor }
+            | Self::Paused { monitor }
+            | Self::Stopping { monitor, .. } => Some(*monitor),
+            _ => None,
+        }
+    }
+
     /// The state after `event`.
     ///
     /// # Errors
@@ -344,7 +362,7 @@ mod tests {
                 cause: StopCause::PoweredOff,
             },
             State::Failed {
-                failure: Failure::Watchdog { silent_ms: 1 },
+                failure: Failure::Monitor("silent".to_owned()),
             },
             State::Deleting,
         ]
@@ -436,10 +454,7 @@ mod tests {
     #[test]
     fn the_first_reason_stays() {
         let first = State::Failed {
-            failure: Failure::Vcpu {
-                index: 0,
-                detail: "triple fault".to_owned(),
-            },
+            failure: Failure::Guest("triple fault".to_owned()),
         };
         assert_eq!(first.after(&Event::Exited(Exit::Signal(9))).unwrap(), first);
     }
