@@ -55,13 +55,15 @@ label!(
         QueueFull = "queue_full",
         /// `requests.per_second` of the tenant is reached.
         Rate = "rate",
-        /// The request would have waited past its own timeout.
+        /// The tenant asks for more than it gets: its queue was never empty of late.
+        Overload = "overload",
+        /// The request would have waited past its own timeout, or has.
         Deadline = "deadline",
         /// The tenant's memory limit leaves no room for another instance.
         Memory = "memory",
-        /// The host's queue is full.
+        /// All instances of the host are in use.
         HostQueue = "host_queue",
-        /// The host has no memory or no instance slot left to promise.
+        /// The host has no memory left to promise.
         HostMemory = "host_memory",
         /// A cap on connections, of the host or of one client address.
         Connections = "connections",

@@ -21,6 +21,7 @@ use std::thread::JoinHandle;
 use std::time::Instant;
 
 use kvm_bindings::kvm_clock_data;
+use serde::{Deserialize, Serialize};
 
 use crate::acpi::{self, AcpiError};
 use crate::boot::{self, BootError};
@@ -32,7 +33,7 @@ use crate::layout;
 use crate::memory::{self, GuestMemory, MemoryError};
 use crate::threads::{ThreadKind, Threads};
 use crate::vcpu::{self, ExitCounts, Vcpu, VcpuError};
-use crate::virtio::{MmioTransport, VirtioDevice, WorkerError};
+use crate::virtio::{InterruptLine, MmioTransport, VirtioDevice, WorkerError};
 
 /// Why a machine could not be made.
 #[derive(Debug, thiserror::Error)]
@@ -111,7 +112,8 @@ pub enum LifeError {
 }
 
 /// Where a machine is in its life, as the host wants it.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
 pub enum Phase {
     /// No instruction runs.
     Paused,
@@ -152,6 +154,7 @@ pub struct Machine {
     devices: Arc<Devices>,
     generation: GenerationId,
     ending: Arc<Ending>,
+    power_button: InterruptLine,
     /// The guest's clock, while it is paused and has run before.
     clock: Option<kvm_clock_data>,
     /// Last: memory stays mapped until all that uses it is gone.
@@ -190,6 +193,7 @@ impl Machine {
         let serial = Arc::new(serial.map_err(BuildError::Console)?);
         let devices = start_devices(&vm, devices, threads)?;
         let devices = Arc::new(Devices::new(serial, devices));
+        let power_button = vm.line(layout::POWER_BUTTON_GSI)?;
 
         let topology = cpuid::Topology::new(vcpus);
         let supported = cpuid::supported(hypervisor)?;
@@ -214,6 +218,7 @@ impl Machine {
             devices,
             generation,
             ending,
+            power_button,
             clock: None,
             vm,
         };
@@ -266,6 +271,11 @@ impl Machine {
         self.clock = Some(clock.map_err(failed("KVM_GET_CLOCK"))?);
         self.phase = Phase::Paused;
         Ok(())
+    }
+
+    /// Presses its power button. Whether the guest listens is the guest's.
+    pub fn press_power_button(&self) {
+        self.power_button.pulse();
     }
 
     /// Waits until the machine is over, by guest or host. `None` if it is not by then.

@@ -94,6 +94,11 @@ impl Hold {
         &self.exchange
     }
 
+    /// Seconds after which a client may try again that was refused.
+    pub(super) fn retry_after(&self) -> Option<u64> {
+        self.pool.retry_after(self.exchange.service.tenant.id)
+    }
+
     pub(super) fn answered(&mut self, answer: Answer) {
         self.exchange.answered(answer);
         self.complete = true;

@@ -23,7 +23,7 @@ use super::problem;
 use super::routes::canonical_host;
 use crate::engine::Program;
 use crate::engine::run::{Grant, Head, Invocation, ResponseBody, run};
-use crate::pool::dispatcher::Shed;
+use crate::pool::admission::Shed;
 use crate::pool::entries::ServiceEntry;
 use crate::pool::exchange::{Answer, Exchange};
 use crate::pool::request_id::RequestId;
@@ -100,7 +100,11 @@ pub(super) async fn handle(
             let (outcome, reason) = blame(shed);
             service.tenant.metrics.shed(reason);
             exchange.settle(outcome);
-            own(problem::problem(outcome, exchange.request_id))
+            own(problem::overloaded(
+                outcome,
+                exchange.request_id,
+                shed.retry_after(),
+            ))
         }
     }
 }
@@ -111,7 +115,9 @@ const fn blame(shed: Shed) -> (Outcome, ShedReason) {
         Shed::TenantFull { waiting: 0, .. } => (Outcome::TenantOverloaded, ShedReason::InFlight),
         Shed::TenantFull { .. } => (Outcome::TenantOverloaded, ShedReason::QueueFull),
         Shed::TenantRate { .. } => (Outcome::TenantOverloaded, ShedReason::Rate),
-        Shed::HostFull { .. } => (Outcome::HostOverloaded, ShedReason::HostMemory),
+        Shed::TenantBehind { .. } => (Outcome::TenantOverloaded, ShedReason::Overload),
+        Shed::TooLate { .. } => (Outcome::TenantOverloaded, ShedReason::Deadline),
+        Shed::HostFull { .. } => (Outcome::HostOverloaded, ShedReason::HostQueue),
         Shed::TenantGone => (Outcome::NotFound, ShedReason::Draining),
     }
 }
@@ -299,10 +305,13 @@ fn failed(mut hold: Hold) -> Response<OutBody> {
         None | Some(Outcome::Ok) => Outcome::BadResponse,
         Some(outcome) => outcome,
     };
-    let response = if outcome == Outcome::BadRequest {
-        too_large(&exchange.service, exchange.request_id)
-    } else {
-        problem::problem(outcome, exchange.request_id)
+    let response = match outcome {
+        Outcome::BadRequest => too_large(&exchange.service, exchange.request_id),
+        Outcome::TenantOverloaded | Outcome::HostOverloaded => {
+            let retry = hold.retry_after();
+            problem::overloaded(outcome, exchange.request_id, retry)
+        }
+        _ => problem::problem(outcome, exchange.request_id),
     };
     hold.answered(Answer::Broken);
     own(response)

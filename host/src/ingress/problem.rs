@@ -45,13 +45,25 @@ const fn title(outcome: Outcome) -> &'static str {
     }
 }
 
-/// Seconds after which a refused client may try again.
-const RETRY_SECONDS: &str = "1";
-
 /// A problem response.
 #[must_use]
 pub fn problem(outcome: Outcome, request_id: RequestId) -> Response<Bytes> {
     detailed(status(outcome), outcome, title(outcome), request_id)
+}
+
+/// The same for a refusal, with the seconds after which the client may try again.
+#[must_use]
+pub fn overloaded(
+    outcome: Outcome,
+    request_id: RequestId,
+    retry_after: Option<u64>,
+) -> Response<Bytes> {
+    let mut response = problem(outcome, request_id);
+    if let Some(seconds) = retry_after {
+        let seconds = HeaderValue::from(seconds);
+        response.headers_mut().insert(RETRY_AFTER, seconds);
+    }
+    response
 }
 
 /// A problem response with a status and a title of its own.
@@ -78,8 +90,5 @@ pub fn detailed(
     );
     headers.insert(CACHE_CONTROL, HeaderValue::from_static("no-store"));
     headers.insert(super::headers::X_REQUEST_ID, request_id.header());
-    if matches!(outcome, Outcome::TenantOverloaded | Outcome::HostOverloaded) {
-        headers.insert(RETRY_AFTER, HeaderValue::from_static(RETRY_SECONDS));
-    }
     response
 }

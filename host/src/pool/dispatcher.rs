@@ -8,13 +8,13 @@
 //! job whose tenant is gone is killed and dropped at its next turn.
 
 use std::cell::RefCell;
-use std::collections::{HashMap, VecDeque};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicBool, AtomicI32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
 use std::task::{Context, Poll, Waker};
 use std::time::{Duration, Instant};
 
+use insula_metrics::ShedReason;
 use insula_scheduler as sched;
 use insula_scheduler::{Class, Nanos, Pick, Scheduler, SliceEnd, WorkerId};
 use insula_types::spec::TenantSpec;
@@ -22,6 +22,7 @@ use insula_types::{Outcome, ServiceId, TenantId};
 use tokio::runtime::Handle;
 use tokio::sync::Notify;
 
+use super::admission::{Admission, Arrival, Shed};
 use super::clock::Stopwatch;
 use super::deadlines::{Deadlines, TICK};
 use super::exchange::Exchange;
@@ -33,59 +34,11 @@ use super::runners::{Lender, Load, Runners, Ticket};
 const BATCH: Duration = Duration::from_micros(250);
 /// How long a core is lent before the scheduler is asked again.
 const LOAN: Duration = Duration::from_millis(2);
-/// Requests of all tenants that wait for admission, at most.
-const WAITING_MAX: usize = 100_000;
-
-/// Why a request was refused before any guest code ran.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
-pub enum Shed {
-    /// The tenant has as many requests running and waiting as its bounds allow.
-    #[error("{running} requests run and {waiting} wait: the tenant's bounds")]
-    TenantFull {
-        /// With an instance.
-        running: u32,
-        /// Without one yet.
-        waiting: u32,
-    },
-    /// The tenant's requests come faster than its rate allows.
-    #[error("the tenant's rate of {per_second} requests per second")]
-    TenantRate {
-        /// The bound.
-        per_second: u32,
-    },
-    /// All instances of the host are in use.
-    #[error("all {instances} instances of the host are in use")]
-    HostFull {
-        /// How many there are.
-        instances: u32,
-    },
-    /// The tenant is being deleted.
-    #[error("the tenant is being deleted")]
-    TenantGone,
-}
-
-/// What the pool knows of a tenant.
-struct TenantState {
-    spec: TenantSpec,
-    /// Requests with a place among the running ones.
-    running: u32,
-    waiting: VecDeque<JobKey>,
-    /// Jobs in the table, whatever their state.
-    jobs: u32,
-    /// When the next request may come, at the tenant's rate (generic cell rate algorithm).
-    next_arrival: Nanos,
-    leaving: bool,
-}
-
-/// How long a tenant can have been silent for its rate to be saved up: one second's worth.
-const RATE_BURST: Nanos = Nanos::from_secs(1);
 
 struct Inner {
     sched: Scheduler,
     jobs: Jobs,
-    tenants: HashMap<TenantId, TenantState>,
-    running: u32,
-    waiting: usize,
+    admission: Admission,
 }
 
 /// What other threads may know of a worker.
@@ -111,7 +64,6 @@ pub struct Pool {
     inner: Mutex<Inner>,
     workers: Box<[WorkerSlot]>,
     pub(super) runners: Runners,
-    instances: u32,
     epoch: Instant,
     this: Weak<Self>,
 }
@@ -210,17 +162,15 @@ impl Pool {
     /// [`sched::ConfigError`] when the number of workers is out of range.
     pub fn new(workers: usize, instances: u32) -> Result<Arc<Self>, sched::ConfigError> {
         let sched = Scheduler::new(sched::Config::new(workers))?;
+        let admission = Admission::new(instances, 1_000 * workers as u64);
         Ok(Arc::new_cyclic(|this| Self {
             inner: Mutex::new(Inner {
                 sched,
                 jobs: Jobs::default(),
-                tenants: HashMap::new(),
-                running: 0,
-                waiting: 0,
+                admission,
             }),
             workers: (0..workers).map(|_| WorkerSlot::default()).collect(),
             runners: Runners::default(),
-            instances,
             epoch: Instant::now(),
             this: this.clone(),
         }))
@@ -242,26 +192,22 @@ impl Pool {
         let now = self.now();
         let mut inner = lock(&self.inner);
         let (key, params) = (key_of(tenant), params(spec));
-        if let Some(state) = inner.tenants.get_mut(&tenant) {
-            state.spec = spec.clone();
-            return inner
+        if inner.admission.knows(tenant) {
+            inner
                 .sched
                 .set_params(key, params, now)
-                .map_err(|error| error.to_string());
+                .map_err(|error| error.to_string())?;
+        } else {
+            inner
+                .sched
+                .add_tenant(key, params, now)
+                .map_err(|error| error.to_string())?;
         }
-        inner
-            .sched
-            .add_tenant(key, params, now)
-            .map_err(|error| error.to_string())?;
-        let state = TenantState {
-            spec: spec.clone(),
-            running: 0,
-            waiting: VecDeque::new(),
-            jobs: 0,
-            next_arrival: Nanos::ZERO,
-            leaving: false,
-        };
-        inner.tenants.insert(tenant, state);
+        inner.admission.set(tenant, spec);
+        if inner.begin_waiting(tenant, now) {
+            drop(inner);
+            self.wake_all();
+        }
         Ok(())
     }
 
@@ -270,10 +216,9 @@ impl Pool {
     pub fn remove_tenant(&self, tenant: TenantId) {
         let keys = {
             let mut inner = lock(&self.inner);
-            let Some(state) = inner.tenants.get_mut(&tenant) else {
+            if !inner.admission.leave(tenant) {
                 return;
-            };
-            state.leaving = true;
+            }
             inner.jobs.keys_where(|job| job.tenant == tenant)
         };
         self.kill_all(&keys);
@@ -303,11 +248,7 @@ impl Pool {
 
     /// Jobs in the table.
     pub fn jobs(&self) -> usize {
-        lock(&self.inner)
-            .tenants
-            .values()
-            .map(|state| state.jobs as usize)
-            .sum()
+        lock(&self.inner).admission.jobs()
     }
 
     /// Admits a request of a tenant and queues it. `work` runs the guest and settles the
@@ -327,7 +268,7 @@ impl Pool {
         let tenant = exchange.service.tenant.id;
         let mut guard = lock(&self.inner);
         let inner = &mut *guard;
-        let admitted = inner.admit(tenant, at, self.instances)?;
+        let arrival = inner.admission.arrive(tenant, at, self.nanos(deadline))?;
         let key = inner.jobs.next_key();
         inner.jobs.insert(Job {
             tenant,
@@ -338,12 +279,14 @@ impl Pool {
             work: Some(work),
             ticket: None,
             killed: None,
-            admitted,
+            placed: (arrival == Arrival::Runs).then_some(at),
         });
-        if admitted {
-            inner.enqueue(key, Class::Fresh, at);
-        } else {
-            inner.wait(tenant, key);
+        match arrival {
+            Arrival::Runs => inner.enqueue(key, Class::Fresh, at),
+            Arrival::Waits => {
+                inner.admission.wait(tenant, key, at);
+                inner.begin_waiting(tenant, at);
+            }
         }
         drop(guard);
         let slot = &self.workers[home.index()];
@@ -361,20 +304,27 @@ impl Pool {
         let Some(job) = inner.jobs.get_mut(key) else {
             return;
         };
-        job.exchange.settle(outcome);
-        job.killed.get_or_insert(outcome);
-        let (tenant, home, admitted) = (job.tenant, job.home, job.admitted);
-        let unparked = job.waker.change(Wakefulness::Parked, Wakefulness::Queued);
-        if !admitted {
+        if job.placed.is_none() {
             // It never ran: there is nothing to measure.
-            let removed = inner.unwait(tenant, key, at);
+            let removed = inner.give_up(key, outcome, at);
             drop(guard);
             drop(removed);
-        } else if unparked {
+            return;
+        }
+        job.exchange.settle(outcome);
+        job.killed.get_or_insert(outcome);
+        let home = job.home;
+        if job.waker.change(Wakefulness::Parked, Wakefulness::Queued) {
             inner.enqueue(key, Class::Woken, at);
             drop(guard);
             self.wake(home);
         }
+    }
+
+    /// Seconds after which a client may try again whose request was refused after it had waited.
+    pub fn retry_after(&self, tenant: TenantId) -> Option<u64> {
+        let at = self.now();
+        lock(&self.inner).admission.retry_after(tenant, at)
     }
 
     pub(super) fn enqueue_woken(&self, key: JobKey) {
@@ -776,7 +726,7 @@ impl Pool {
         let inner = &mut *guard;
         let slot = &self.workers[worker.index()];
         slot.in_slice.store(false, Ordering::Relaxed);
-        let (end, mut gone) = match slice {
+        let (end, gone) = match slice {
             Slice::Done => (SliceEnd::Finished, inner.jobs.remove(key)),
             Slice::Pending(work) => {
                 let end = inner.jobs.get_mut(key).map_or(SliceEnd::Finished, |job| {
@@ -788,10 +738,9 @@ impl Pool {
             }
         };
         let charged = inner.sched.charge(worker, Nanos::from_nanos(used), end, at);
-        if let Some(job) = &mut gone {
-            inner.finished(job, at);
-        }
+        let refused = gone.as_ref().map(|job| inner.finished(job, at));
         drop(guard);
+        drop(refused);
         if gone.is_some() {
             exchange.finish();
         }
@@ -891,6 +840,19 @@ impl Job {
         })
     }
 
+    /// It never ran, and will not.
+    fn shed(&self, outcome: Outcome) {
+        let reason = match outcome {
+            Outcome::TenantOverloaded => Some(ShedReason::Deadline),
+            Outcome::HostOverloaded => Some(ShedReason::HostQueue),
+            _ => None,
+        };
+        if let Some(reason) = reason {
+            self.exchange.service.tenant.metrics.shed(reason);
+        }
+        self.exchange.settle(outcome);
+    }
+
     fn park_or_requeue(&mut self) -> SliceEnd {
         let parked =
             self.killed.is_none() && self.waker.change(Wakefulness::Running, Wakefulness::Parked);
@@ -903,55 +865,35 @@ impl Job {
 }
 
 impl Inner {
-    /// Whether a request of this tenant can run now (`true`) or must wait (`false`).
-    fn admit(&mut self, tenant: TenantId, at: Nanos, instances: u32) -> Result<bool, Shed> {
-        let state = self.tenants.get_mut(&tenant).ok_or(Shed::TenantGone)?;
-        if state.leaving {
-            return Err(Shed::TenantGone);
-        }
-        let bounds = state.spec.requests;
-        let waiting = u32::try_from(state.waiting.len()).unwrap_or(u32::MAX);
-        let full = state.running >= bounds.in_flight;
-        if full && (waiting >= bounds.queued || self.waiting >= WAITING_MAX) {
-            let running = state.running;
-            return Err(Shed::TenantFull { running, waiting });
-        }
-        if !full && self.running >= instances {
-            return Err(Shed::HostFull { instances });
-        }
-        if let Some(per_second) = bounds.per_second {
-            let due = state.next_arrival.max(at);
-            if due > at.saturating_add(RATE_BURST) {
-                return Err(Shed::TenantRate { per_second });
-            }
-            let interval = Nanos::from_nanos(1_000_000_000 / u64::from(per_second));
-            state.next_arrival = due.saturating_add(interval);
-        }
-        state.jobs += 1;
-        if !full {
-            state.running += 1;
-            self.running += 1;
-        }
-        Ok(!full)
+    /// Takes a request out again that never had a place.
+    fn give_up(&mut self, key: JobKey, outcome: Outcome, at: Nanos) -> Option<Job> {
+        let job = self.jobs.remove(key)?;
+        let blame = self.admission.give_up(job.tenant, key);
+        let outcome = match outcome {
+            Outcome::Timeout => blame,
+            other => other,
+        };
+        job.shed(outcome);
+        self.forget_if_empty(job.tenant, at);
+        Some(job)
     }
 
-    fn wait(&mut self, tenant: TenantId, key: JobKey) {
-        if let Some(state) = self.tenants.get_mut(&tenant) {
-            state.waiting.push_back(key);
-            self.waiting += 1;
+    /// Queues waiting requests for which there is a place; says whether there were any.
+    fn begin_waiting(&mut self, tenant: TenantId, at: Nanos) -> bool {
+        let mut any = false;
+        while let Some(key) = self.admission.next(tenant, at) {
+            self.begin(key, at);
+            any = true;
         }
+        any
     }
 
-    /// Takes a request that was never admitted out again.
-    fn unwait(&mut self, tenant: TenantId, key: JobKey, at: Nanos) -> Option<Job> {
-        if let Some(state) = self.tenants.get_mut(&tenant) {
-            state.waiting.retain(|waiting| *waiting != key);
-            state.jobs -= 1;
-            self.waiting -= 1;
+    /// A waiting request has a place.
+    fn begin(&mut self, key: JobKey, at: Nanos) {
+        if let Some(job) = self.jobs.get_mut(key) {
+            job.placed = Some(at);
         }
-        let job = self.jobs.remove(key);
-        self.forget_if_empty(tenant, at);
-        job
+        self.enqueue(key, Class::Fresh, at);
     }
 
     fn enqueue(&mut self, key: JobKey, class: Class, at: Nanos) {
@@ -967,32 +909,25 @@ impl Inner {
         }
     }
 
-    /// A job has ended: its place goes to the next one of its tenant.
-    fn finished(&mut self, job: &mut Job, at: Nanos) {
-        let tenant = job.tenant;
-        let Some(state) = self.tenants.get_mut(&tenant) else {
-            return;
-        };
-        state.jobs -= 1;
-        let next = state.waiting.pop_front();
-        if next.is_none() {
-            state.running -= 1;
-            self.running -= 1;
+    /// A job has ended: its place goes to one that waits. Those that have waited for too long are
+    /// refused, and handed back to be dropped without the lock.
+    fn finished(&mut self, job: &Job, at: Nanos) -> Vec<Job> {
+        let stayed = job.placed.map_or(Nanos::ZERO, |since| at.saturating_sub(since));
+        let freed = self.admission.depart(job.tenant, stayed, at);
+        if let Some(key) = freed.next {
+            self.begin(key, at);
         }
-        if let Some(key) = next {
-            self.waiting -= 1;
-            if let Some(job) = self.jobs.get_mut(key) {
-                job.admitted = true;
-            }
-            self.enqueue(key, Class::Fresh, at);
+        let refused = freed.refused.into_iter();
+        let refused: Vec<_> = refused.filter_map(|key| self.jobs.remove(key)).collect();
+        for job in &refused {
+            job.shed(Outcome::TenantOverloaded);
         }
-        self.forget_if_empty(tenant, at);
+        self.forget_if_empty(job.tenant, at);
+        refused
     }
 
     fn forget_if_empty(&mut self, tenant: TenantId, at: Nanos) {
-        let gone = |state: &TenantState| state.leaving && state.jobs == 0;
-        if self.tenants.get(&tenant).is_some_and(gone) {
-            self.tenants.remove(&tenant);
+        if self.admission.forget_if_empty(tenant) {
             // It can only be unknown if it never was added.
             let _ = self.sched.remove_tenant(key_of(tenant), at);
         }

@@ -7,7 +7,7 @@ use std::sync::{Arc, Weak};
 use std::task::Wake;
 use std::time::Instant;
 
-use insula_scheduler::{JobId, WorkerId};
+use insula_scheduler::{JobId, Nanos, WorkerId};
 use insula_types::{Outcome, TenantId};
 
 use super::dispatcher::Pool;
@@ -121,8 +121,8 @@ pub(super) struct Job {
     pub(super) ticket: Option<Arc<Ticket>>,
     /// Set when it is to be dropped instead of polled.
     pub(super) killed: Option<Outcome>,
-    /// Whether it holds a place among its tenant's running requests.
-    pub(super) admitted: bool,
+    /// Since when it has a place among its tenant's running requests; `None` while it waits for one.
+    pub(super) placed: Option<Nanos>,
 }
 
 /// All jobs, by key.

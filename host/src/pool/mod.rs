@@ -1,7 +1,11 @@
 //! The pool: worker threads shared by all tenants, and the dispatcher that polls their guests.
 //!
 //! ```text
-//!  ingress (on worker w) ── submit(job, home = w) ──▶ ┌──────────────┐
+//!  ingress (on worker w) ── submit(job, home = w)
+//!                                     │
+//!                                 admission ─▶ waits, or is refused
+//!                                     │
+//!                                     └──────────────▶ ┌──────────────┐
 //!                                                     │  run queue   │  one for the host,
 //!  wake (input arrived, timer) ── enqueue ──────────▶ │ (scheduler)  │  under one lock
 //!                                                     └──────┬───────┘
@@ -25,6 +29,7 @@
 //! *Invariant:* all time between two clock reads of a worker is charged, either to one tenant or
 //! to the host.
 
+pub mod admission;
 pub mod clock;
 mod deadlines;
 pub mod dispatcher;
