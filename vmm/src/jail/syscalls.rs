@@ -115,8 +115,8 @@ pub const TABLE: &[Row] = rows! {
     SYS_write [Vcpu Device Api] ANY, "event descriptors, console, tap, disk, log";
     SYS_close [Vcpu Device Api] ANY, "connections that ended";
     SYS_ioctl [Vcpu] Only::Commands(VCPU_COMMANDS), "`KVM_RUN`; vCPU state for snapshots";
-    SYS_ioctl [Device] Only::Commands(DEVICE_COMMANDS), "non-blocking sockets; interrupts";
-    SYS_ioctl [Api] Only::Commands(API_COMMANDS), "VM state for snapshots; non-blocking sockets";
+    SYS_ioctl [Device] Only::Commands(DEVICE_COMMANDS), "non-blocking sockets; tap; interrupts";
+    SYS_ioctl [Api] Only::Commands(API_COMMANDS), "VM state for snapshots; non-blocking sockets; tap";
     SYS_readv [Device Api] ANY, "tap, sockets";
     SYS_writev [Vcpu Device Api] ANY, "tap, sockets, console";
     SYS_pread64 [Device Api] ANY, "disk, snapshot";
@@ -172,7 +172,11 @@ const FIONBIO: u32 = 0x5421;
 /// `KVM_IRQ_LINE`: an interrupt, where KVM has no irqfd.
 const IRQ_LINE: u32 = kvm(SET, 0x61, size_of::<kvm_bindings::kvm_irq_level>());
 
-const DEVICE_COMMANDS: &[u32] = &[FIONBIO, IRQ_LINE];
+/// `linux/if_tun.h`: what the kernel may leave to the driver, and the length of its header.
+const TUNSETOFFLOAD: u32 = 0x4004_54d0;
+const TUNSETVNETHDRSZ: u32 = 0x4004_54d8;
+
+const DEVICE_COMMANDS: &[u32] = &[FIONBIO, IRQ_LINE, TUNSETOFFLOAD];
 
 /// `_IOC(direction, KVMIO, number, size)` of `asm-generic/ioctl.h`, with `KVMIO` = 0xae.
 const fn kvm(direction: u32, number: u32, size: usize) -> u32 {
@@ -238,6 +242,7 @@ const API_COMMANDS: &[u32] = {
     &[
         FIONBIO,
         IRQ_LINE,
+        TUNSETVNETHDRSZ,
         kvm(GET | SET, 0x62, size_of::<kvm_irqchip>()), // KVM_GET_IRQCHIP
         kvm(GET, 0x63, size_of::<kvm_irqchip>()),       // KVM_SET_IRQCHIP (_IOR in linux/kvm.h)
         kvm(SET, 0x7b, size_of::<kvm_clock_data>()),    // KVM_SET_CLOCK
@@ -308,6 +313,8 @@ mod tests {
     /// Against numbers printed by a C program that includes `linux/kvm.h`.
     #[test]
     fn commands_are_the_kernels() {
+        assert_eq!(u64::from(TUNSETOFFLOAD), libc::TUNSETOFFLOAD);
+        assert_eq!(u64::from(TUNSETVNETHDRSZ), libc::TUNSETVNETHDRSZ);
         for command in [0xae80, 0x8090_ae81, 0xc008_ae88, 0x9000_aea4, 0x4008_ae89] {
             assert!(VCPU_COMMANDS.contains(&command), "{command:#x}");
         }
