@@ -32,6 +32,7 @@ pub mod rng;
 mod status;
 #[cfg(test)]
 pub(crate) mod testing;
+mod throttle;
 mod transport;
 #[cfg(test)]
 mod transport_tests;
@@ -43,7 +44,7 @@ pub use device::{
     DeviceError, DeviceKind, DeviceState, Interest, QueueSpec, Readiness, VirtioDevice,
 };
 pub use interrupt::{Interrupt, InterruptLine};
-pub use queue::{Chain, QueueError, Queues};
+pub use queue::{Chain, QueueError, Queues, Served};
 pub use status::Status;
 pub use transport::{MmioTransport, RestoreError, SavedQueue, TransportState};
 pub use worker::{Worker, WorkerError};

@@ -14,13 +14,19 @@
 //! lost, as everywhere. A driver that cannot merge buffers and offers smaller ones than a frame
 //! loses that frame.
 //!
+//! *Limits.* Each direction has its own buckets, which are asked for what goes over the wire: out, a
+//! frame that has to wait stays in its queue; in, it stays here, and the ones after it in the
+//! kernel's queue.
+//!
 //! A tap that is gone stops the device; its interface being down does not.
 
 mod address;
 mod header;
+mod receive;
 mod tap;
 #[cfg(test)]
 mod tests;
+mod transmit;
 
 use std::io;
 use std::os::fd::AsFd;
@@ -36,12 +42,13 @@ use virtio_bindings::virtio_net::{
 
 use super::config_space::ConfigSpace;
 use super::device::{DeviceError, DeviceKind, Interest, QueueSpec, Readiness, VirtioDevice};
-use super::queue::{Chain, Queues};
-use crate::memory::GuestMemory;
+use super::queue::Queues;
+use super::throttle::Throttle;
+use crate::rate_limiter::RateLimits;
 
-use address::{ETHERNET_BYTES, HEAD_BYTES};
+use address::ETHERNET_BYTES;
 pub use address::{Identity, MacAddress, MacAddressError};
-use header::{BUFFERS_AT, HEADER_BYTES};
+use header::HEADER_BYTES;
 pub use tap::{InterfaceName, InterfaceNameError, Tap};
 
 const RECEIVE: usize = 0;
@@ -171,7 +178,9 @@ pub struct Net {
     counts: Arc<NetCounts>,
     accepted: u64,
     receiving: Receiving,
+    receive_throttle: Option<Throttle>,
     sending: Sending,
+    send_throttle: Option<Throttle>,
     /// A packet from the tap: header and frame. Its length is in `receiving`.
     packet: Vec<u8>,
 }
@@ -181,7 +190,9 @@ pub struct Net {
 enum Receiving {
     /// The tap to have a packet.
     Packet,
-    /// The driver to offer buffers for the packet of this length, which is here.
+    /// Tokens for the packet of this length, which is here.
+    Tokens(usize),
+    /// The driver to offer buffers for the packet of this length, which is here and paid for.
     Buffers(usize),
     /// Nothing: the driver did not set the queue up.
     Never,
@@ -192,20 +203,16 @@ enum Receiving {
 enum Sending {
     /// The driver.
     Requests,
-    /// The tap.
+    /// The tap, for a frame that is paid for.
     Room,
-}
-
-/// What came of one packet.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Delivery {
-    Done,
-    /// It has to wait.
-    Waits,
+    /// Tokens.
+    Tokens,
 }
 
 const TOKEN_READ: u64 = 0;
 const TOKEN_WRITE: u64 = 1;
+const TOKEN_RECEIVE_TIMER: u64 = 2;
+const TOKEN_SEND_TIMER: u64 = 3;
 
 impl Net {
     /// A device on this wire, for this machine.
@@ -219,155 +226,27 @@ impl Net {
             counts: Arc::default(),
             accepted: 0,
             receiving: Receiving::Packet,
+            receive_throttle: None,
             sending: Sending::Requests,
+            send_throttle: None,
             packet: vec![0; PACKET_BYTES],
         }
+    }
+
+    /// The same device with limits of what it receives, and of what it sends.
+    ///
+    /// # Errors
+    /// No descriptors are to be had.
+    pub fn with_limits(mut self, receive: RateLimits, send: RateLimits) -> io::Result<Self> {
+        self.receive_throttle = Some(Throttle::new(receive)?);
+        self.send_throttle = Some(Throttle::new(send)?);
+        Ok(self)
     }
 
     /// What it does, for whoever meters it.
     #[must_use]
     pub fn counts(&self) -> Arc<NetCounts> {
         Arc::clone(&self.counts)
-    }
-
-    /// Sends what the driver has, at most once the queue's length; the rest gets another turn.
-    fn send(&mut self, queues: &mut Queues) -> Result<(), DeviceError> {
-        self.sending = Sending::Requests;
-        queues.want_notifications(TRANSMIT, false)?;
-        for _ in 0..QUEUE_SIZE {
-            let Some(chain) = queues.pop(TRANSMIT)? else {
-                break;
-            };
-            match self.send_one(queues.memory(), &chain)? {
-                Delivery::Done => queues.push(TRANSMIT, chain, 0)?,
-                Delivery::Waits => {
-                    queues.unpop(TRANSMIT, chain);
-                    self.sending = Sending::Room;
-                    break;
-                }
-            }
-        }
-        queues.notify(TRANSMIT)?;
-        if self.sending == Sending::Requests && queues.want_notifications(TRANSMIT, true)? {
-            queues.call_back(TRANSMIT);
-        }
-        Ok(())
-    }
-
-    fn send_one(&self, memory: &GuestMemory, chain: &Chain) -> Result<Delivery, DeviceError> {
-        let mut head = [0; HEADER_BYTES + HEAD_BYTES];
-        let read = chain.read(memory, 0, &mut head)?;
-        let head = head.get_mut(..read).unwrap_or_default();
-        let bytes = chain.readable_bytes();
-        let Some((header, frame)) = head.split_first_chunk_mut::<HEADER_BYTES>() else {
-            return Err(DeviceError::Protocol("a packet without its header"));
-        };
-        let frame_bytes = bytes.saturating_sub(NARROW_HEADER);
-        let clean = header::checked(*header, frame_bytes, self.accepted);
-        let fits = frame_bytes as usize <= FRAME_BYTES;
-        let (Some(clean), true, Ok(())) = (clean, fits, self.identity.check(frame)) else {
-            add(&self.counts.refused, 1);
-            return Ok(Delivery::Done);
-        };
-        *header = clean;
-        let offset = u32::try_from(read).unwrap_or(u32::MAX);
-        let rest = chain.readable_vectors(memory, offset, bytes - offset)?;
-        match rest.write_after(head, &self.tap) {
-            Ok(_) => {
-                add(&self.counts.sent_packets, 1);
-                add(&self.counts.sent_bytes, frame_bytes as usize);
-            }
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
-                return Ok(Delivery::Waits);
-            }
-            Err(source) if source.raw_os_error() == Some(libc::EBADFD) => {
-                let what = "writing to the tap";
-                return Err(DeviceError::Host { what, source });
-            }
-            // The interface is down, or does not like the packet.
-            Err(_) => add(&self.counts.lost, 1),
-        }
-        Ok(Delivery::Done)
-    }
-
-    /// Hands packets to the driver, at most once the queue's length.
-    fn receive(&mut self, queues: &mut Queues) -> Result<(), DeviceError> {
-        if !queues.is_ready(RECEIVE) {
-            self.receiving = Receiving::Never;
-            return Ok(());
-        }
-        queues.want_notifications(RECEIVE, false)?;
-        for _ in 0..QUEUE_SIZE {
-            let length = match self.receiving {
-                Receiving::Buffers(length) => length,
-                Receiving::Never => return Ok(()),
-                Receiving::Packet => match rustix::io::read(&self.tap, &mut *self.packet) {
-                    Ok(length) if length > HEADER_BYTES => length,
-                    // Less than a header cannot be, and a frame of nothing is none.
-                    Ok(_) => continue,
-                    Err(rustix::io::Errno::AGAIN) => break,
-                    // Reading fails only where the interface is gone.
-                    Err(error) => {
-                        return Err(DeviceError::Host {
-                            what: "reading from the tap",
-                            source: error.into(),
-                        });
-                    }
-                },
-            };
-            self.receiving = Receiving::Buffers(length);
-            if self.deliver(queues, length)? == Delivery::Waits {
-                // From now on the driver has to tell. What it did before that was seen is not lost.
-                if queues.want_notifications(RECEIVE, true)? {
-                    queues.call_back(RECEIVE);
-                }
-                break;
-            }
-            self.receiving = Receiving::Packet;
-        }
-        Ok(queues.notify(RECEIVE)?)
-    }
-
-    /// Puts the packet into as many buffers as it needs, or into none.
-    fn deliver(&mut self, queues: &mut Queues, length: usize) -> Result<Delivery, DeviceError> {
-        let merges = self.accepted & 1 << VIRTIO_NET_F_MRG_RXBUF != 0;
-        let mut chains: Vec<Chain> = Vec::new();
-        let mut room = 0_usize;
-        while room < length && (chains.is_empty() || merges) {
-            let Some(chain) = queues.pop(RECEIVE)? else {
-                for chain in chains.into_iter().rev() {
-                    queues.unpop(RECEIVE, chain);
-                }
-                return Ok(Delivery::Waits);
-            };
-            // 5.1.6.3.2: a buffer holds at least the header.
-            if chain.writable_bytes() < NARROW_HEADER {
-                return Err(DeviceError::Protocol("a receive buffer without room"));
-            }
-            room += chain.writable_bytes() as usize;
-            chains.push(chain);
-        }
-        if room < length {
-            add(&self.counts.lost, 1);
-            for chain in chains {
-                queues.unpop(RECEIVE, chain);
-            }
-            return Ok(Delivery::Done);
-        }
-        let buffers = u16::try_from(chains.len()).unwrap_or(u16::MAX);
-        let packet = self.packet.get_mut(..length).unwrap_or_default();
-        if let Some(field) = packet.get_mut(BUFFERS_AT..HEADER_BYTES) {
-            field.copy_from_slice(&buffers.to_le_bytes());
-        }
-        let mut left = &*packet;
-        for chain in chains {
-            let written = chain.write(queues.memory(), 0, left)?;
-            left = left.get(written..).unwrap_or_default();
-            queues.push(RECEIVE, chain, u32::try_from(written).unwrap_or(u32::MAX))?;
-        }
-        add(&self.counts.received_packets, 1);
-        add(&self.counts.received_bytes, length - HEADER_BYTES);
-        Ok(Delivery::Done)
     }
 }
 
@@ -403,6 +282,8 @@ impl VirtioDevice for Net {
     fn queue_notified(&mut self, index: usize, queues: &mut Queues) -> Result<(), DeviceError> {
         match index {
             RECEIVE => self.receive(queues),
+            // A notification is no reason to look sooner than the buckets said.
+            _ if self.sending == Sending::Tokens => Ok(()),
             _ => self.send(queues),
         }
     }
@@ -423,11 +304,23 @@ impl VirtioDevice for Net {
                 token: TOKEN_WRITE,
             });
         }
+        let receive = self.receive_throttle.as_ref();
+        into.extend(receive.and_then(|it| it.interest(TOKEN_RECEIVE_TIMER)));
+        let send = self.send_throttle.as_ref();
+        into.extend(send.and_then(|it| it.interest(TOKEN_SEND_TIMER)));
     }
 
     fn host_ready(&mut self, token: u64, queues: &mut Queues) -> Result<(), DeviceError> {
         match token {
             TOKEN_READ => self.receive(queues),
+            TOKEN_RECEIVE_TIMER => {
+                self.receive_throttle.iter_mut().for_each(Throttle::go_on);
+                self.receive(queues)
+            }
+            TOKEN_SEND_TIMER => {
+                self.send_throttle.iter_mut().for_each(Throttle::go_on);
+                self.send(queues)
+            }
             _ => self.send(queues),
         }
     }
@@ -437,6 +330,8 @@ impl VirtioDevice for Net {
         self.receiving = Receiving::Packet;
         self.sending = Sending::Requests;
         self.accepted = 0;
+        self.receive_throttle.iter_mut().for_each(Throttle::go_on);
+        self.send_throttle.iter_mut().for_each(Throttle::go_on);
     }
 }
 

@@ -1,17 +1,19 @@
 //! The device over a pair of sockets: each datagram is a packet, header first.
 
+use std::num::NonZeroU64;
 use std::os::unix::net::UnixDatagram;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use super::*;
+use crate::rate_limiter::Rate;
 use crate::virtio::testing::Driver;
 
 const MAC: [u8; 6] = [2, 0, 0, 0, 0, 7];
 const HEADER: [u8; HEADER_BYTES] = [0; HEADER_BYTES];
 const MERGES: u64 = 1 << VIRTIO_NET_F_MRG_RXBUF;
 
-/// The device is live, and the wire's other end is ours.
-fn live(features: u64) -> (Driver, UnixDatagram, Arc<NetCounts>) {
+/// The device, and the wire's other end.
+fn net() -> (Net, UnixDatagram) {
     let (ours, theirs) = UnixDatagram::pair().expect("sockets");
     ours.set_read_timeout(Some(Duration::from_secs(10)))
         .expect("a socket");
@@ -21,6 +23,12 @@ fn live(features: u64) -> (Driver, UnixDatagram, Arc<NetCounts>) {
         ipv6: Vec::new(),
     };
     let net = Net::new(Tap::from_socket(theirs), identity, Mtu::default());
+    (net, ours)
+}
+
+/// The device is live.
+fn live(features: u64) -> (Driver, UnixDatagram, Arc<NetCounts>) {
+    let (net, ours) = net();
     let counts = net.counts();
     (Driver::live(net, features), ours, counts)
 }
@@ -36,7 +44,7 @@ fn frame(source: [u8; 4], payload: usize) -> Vec<u8> {
     frame
 }
 
-fn receive(wire: &UnixDatagram) -> Vec<u8> {
+fn receive_one(wire: &UnixDatagram) -> Vec<u8> {
     let mut packet = vec![0; PACKET_BYTES + 1];
     let length = wire.recv(&mut packet).expect("a packet in time");
     packet.truncate(length);
@@ -58,14 +66,14 @@ fn frames_go_out_as_they_are() {
     let small = frame([10, 0, 0, 2], 6);
     driver.offer(1, &[&HEADER, &small], &[]);
     driver.notify(1);
-    assert_eq!(receive(&wire), [&HEADER[..], &small].concat());
+    assert_eq!(receive_one(&wire), [&HEADER[..], &small].concat());
     // 64 KiB for the host to cut, in pieces as a driver has them, header and frame in one.
     let large = frame([10, 0, 0, 2], 65_536 - 20);
     let segmented = [1, 1, 54, 0, 0xa8, 5, 34, 0, 16, 0, 0, 0];
     let first = [&segmented[..], &large[..100]].concat();
     driver.offer(1, &[&first, &large[100..5000], &large[5000..]], &[]);
     driver.notify(1);
-    assert_eq!(receive(&wire), [&segmented[..], &large].concat());
+    assert_eq!(receive_one(&wire), [&segmented[..], &large].concat());
     driver.wait_used(1);
     driver.wait_used(1);
     let totals = counts.read();
@@ -93,7 +101,7 @@ fn what_is_another_machines_stays_inside() {
     }
     driver.offer(1, &[&HEADER, &good], &[]);
     driver.notify(1);
-    assert_eq!(receive(&wire), [&HEADER[..], &good].concat());
+    assert_eq!(receive_one(&wire), [&HEADER[..], &good].concat());
     for _ in 0..=refused.len() {
         driver.wait_used(1);
     }
@@ -180,7 +188,7 @@ fn a_wire_that_takes_no_more_keeps_the_queue_waiting() {
     }
     driver.wait_until("the first", |driver| driver.take_used(1).is_some());
     for _ in 0..30 {
-        assert_eq!(receive(&wire).len(), HEADER_BYTES + packet.len());
+        assert_eq!(receive_one(&wire).len(), HEADER_BYTES + packet.len());
     }
     for _ in 1..30 {
         driver.wait_used(1);
@@ -234,4 +242,47 @@ fn a_reset_forgets_the_packet_that_waited() {
 fn the_least_mtu() {
     Mtu::new(1279).expect_err("less than IPv6 needs");
     assert_eq!(Mtu::new(1280).expect("an MTU").get(), 1280);
+}
+
+#[test]
+fn each_direction_waits_for_its_own_tokens() {
+    // A hundred frames a second, one at once, in; out only bytes are limited, and enough.
+    let rate = |per_second, burst| Rate {
+        per_second: NonZeroU64::new(per_second).expect("not zero"),
+        burst: NonZeroU64::new(burst).expect("not zero"),
+    };
+    let receive = RateLimits {
+        bytes: None,
+        operations: Some(rate(100, 1)),
+    };
+    let send = RateLimits {
+        bytes: Some(rate(50_000, 500)),
+        operations: None,
+    };
+    let (net, wire) = net();
+    let net = net.with_limits(receive, send).expect("timers");
+    let mut driver = Driver::live(net, MERGES);
+    let start = Instant::now();
+    let inward = [&HEADER[..], &frame([10, 0, 0, 9], 0)].concat();
+    for _ in 0..4 {
+        wire.send(&inward).expect("sent");
+        driver.offer(0, &[], &[200]);
+    }
+    for _ in 0..4 {
+        // 500 bytes each, ten milliseconds' worth.
+        driver.offer(1, &[&HEADER, &frame([10, 0, 0, 2], 500 - 34)], &[]);
+    }
+    driver.notify(0);
+    driver.notify(1);
+    for _ in 0..4 {
+        driver.notify(0);
+        driver.wait_used(0);
+    }
+    assert!(start.elapsed() >= Duration::from_millis(30));
+    for _ in 0..4 {
+        driver.notify(1);
+        driver.wait_used(1);
+        receive_one(&wire);
+    }
+    assert!(start.elapsed() >= Duration::from_millis(30));
 }
