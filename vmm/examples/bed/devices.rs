@@ -222,7 +222,7 @@ fn memory(guest: &mut Guest, balloon: &BalloonHandle) -> String {
 /// The firmware's event device hears of a new generation. Debian's kernel has no driver for what
 /// it then tells; the interrupt is what can be seen.
 fn generation(guest: &mut Guest) {
-    let count = "awk '/ACPI:Ged/ { s = 0; for (i = 2; i <= NF; i++) if ($i ~ /^[0-9]+$/) s += $i; print s }' /proc/interrupts";
+    let count = "awk '/ACPI:Ged/ { for (i = 2; i <= NF; i++) if ($i ~ /^[0-9]+$/) s += $i } END { print s + 0 }' /proc/interrupts";
     let before: u64 = guest.run(count).parse().expect("a number");
     guest.machine.renew_generation().expect("entropy");
     until("the guest hears of it", || {
