@@ -27,7 +27,7 @@ use super::clock::Stopwatch;
 use super::deadlines::{Deadlines, TICK};
 use super::exchange::Exchange;
 use super::jobs::{Job, JobKey, JobWaker, Jobs, Wakefulness, Work};
-use super::pace::{Ending, Lane};
+use super::pace::{Ending, Lane, TURN_NS};
 use super::runners::{Lender, Load, Runners, Ticket};
 
 /// How long a worker polls guests before it looks at its connections again.
@@ -117,6 +117,11 @@ fn with_worker<T>(use_it: impl FnOnce(&mut WorkerState) -> T) -> Option<T> {
 pub(super) fn slept() {
     with_worker(|worker| worker.slept = true);
 }
+
+/// A request that may come in: it counts already.
+#[derive(Debug)]
+#[must_use = "it takes a place until it was submitted"]
+pub struct Admitted(Arrival);
 
 /// What a worker should do after a batch.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -251,24 +256,32 @@ impl Pool {
         lock(&self.inner).admission.jobs()
     }
 
-    /// Admits a request of a tenant and queues it. `work` runs the guest and settles the
-    /// exchange; it is dropped unpolled when the request is refused.
+    /// Asks whether a request of a tenant that has until `deadline` may come in. One that may must be
+    /// [submitted](Pool::submit).
     ///
     /// # Errors
     /// [`Shed`] says whose bound it was.
+    pub fn admit(&self, tenant: TenantId, deadline: Instant) -> Result<Admitted, Shed> {
+        let (at, deadline) = (self.now(), self.nanos(deadline));
+        let arrival = lock(&self.inner).admission.arrive(tenant, at, deadline)?;
+        Ok(Admitted(arrival))
+    }
+
+    /// Queues an admitted request. `work` runs the guest and settles the exchange; it is dropped
+    /// unpolled when the request ends before its turn.
     pub fn submit(
         &self,
+        admitted: Admitted,
         home: WorkerId,
         exchange: Arc<Exchange>,
         deadline: Instant,
         work: Work,
-    ) -> Result<JobKey, Shed> {
+    ) -> JobKey {
         let now = Instant::now();
         let at = self.nanos(now);
         let tenant = exchange.service.tenant.id;
         let mut guard = lock(&self.inner);
         let inner = &mut *guard;
-        let arrival = inner.admission.arrive(tenant, at, self.nanos(deadline))?;
         let key = inner.jobs.next_key();
         inner.jobs.insert(Job {
             tenant,
@@ -277,11 +290,12 @@ impl Pool {
             exchange,
             deadline,
             work: Some(work),
+            turn_ns: 0,
             ticket: None,
             killed: None,
-            placed: (arrival == Arrival::Runs).then_some(at),
+            placed: (admitted.0 == Arrival::Runs).then_some(at),
         });
-        match arrival {
+        match admitted.0 {
             Arrival::Runs => inner.enqueue(key, Class::Fresh, at),
             Arrival::Waits => {
                 inner.admission.wait(tenant, key, at);
@@ -292,7 +306,7 @@ impl Pool {
         let slot = &self.workers[home.index()];
         lock(&slot.deadlines).add(now, deadline, key);
         slot.wake.notify_one();
-        Ok(key)
+        key
     }
 
     /// Ends a request from outside: its deadline passed, or its client went away. What it used
@@ -484,7 +498,7 @@ impl Pool {
                         now = at;
                         // After a whole slice somebody's answer or input may have waited for it.
                         let waited = now.saturating_duration_since(began);
-                        if waited >= BATCH || end == SliceEnd::Preempted {
+                        if waited >= BATCH || could_go_on(end) {
                             return After::Again;
                         }
                         continue;
@@ -544,7 +558,7 @@ impl Pool {
         let (at, used) = worker.watch.lap();
         let end = self.end_slice(worker.id, key, slice, used, &exchange, at);
         let ending = match end {
-            SliceEnd::Preempted => Ending::Preempted {
+            SliceEnd::Preempted | SliceEnd::Continued => Ending::Preempted {
                 quantum: exchange.quantum,
             },
             _ => Ending::OfItself,
@@ -732,7 +746,7 @@ impl Pool {
                 let end = inner.jobs.get_mut(key).map_or(SliceEnd::Finished, |job| {
                     job.work = Some(work);
                     job.ticket = None;
-                    job.park_or_requeue()
+                    job.park_or_requeue(used)
                 });
                 (end, None)
             }
@@ -744,7 +758,7 @@ impl Pool {
         if gone.is_some() {
             exchange.finish();
         }
-        if end == SliceEnd::Preempted && charged.is_ok_and(|charged| charged.runnable > 1) {
+        if could_go_on(end) && charged.is_ok_and(|charged| charged.runnable > 1) {
             self.wake_idle(worker);
         }
         end
@@ -781,6 +795,10 @@ enum Picked {
     Run(Next),
     Throttled(Instant),
     Idle,
+}
+
+const fn could_go_on(end: SliceEnd) -> bool {
+    matches!(end, SliceEnd::Preempted | SliceEnd::Continued)
 }
 
 /// Runs one slice, or drops the job where it was killed or is late. A panic below ends only this
@@ -853,14 +871,24 @@ impl Job {
         self.exchange.settle(outcome);
     }
 
-    fn park_or_requeue(&mut self) -> SliceEnd {
+    /// What becomes of it after a slice that took `used_ns`, and did not end it.
+    fn park_or_requeue(&mut self, used_ns: u64) -> SliceEnd {
         let parked =
             self.killed.is_none() && self.waker.change(Wakefulness::Running, Wakefulness::Parked);
         if parked {
             return SliceEnd::Blocked;
         }
         self.waker.set(Wakefulness::Queued);
-        SliceEnd::Preempted
+        match self.turn_ns.checked_sub(used_ns) {
+            Some(left) if left > 0 => {
+                self.turn_ns = left;
+                SliceEnd::Continued
+            }
+            _ => {
+                self.turn_ns = TURN_NS;
+                SliceEnd::Preempted
+            }
+        }
     }
 }
 
@@ -920,7 +948,7 @@ impl Inner {
         let refused = freed.refused.into_iter();
         let refused: Vec<_> = refused.filter_map(|key| self.jobs.remove(key)).collect();
         for job in &refused {
-            job.shed(Outcome::TenantOverloaded);
+            job.shed(freed.blame);
         }
         self.forget_if_empty(job.tenant, at);
         refused

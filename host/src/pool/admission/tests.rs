@@ -54,7 +54,8 @@ fn places_then_a_queue_then_a_refusal() {
     assert_eq!(freed.next, Some(key(2)));
     assert_eq!((freed.refused.len(), desk.jobs()), (0, 2));
     for _ in 0..2 {
-        assert_eq!(desk.depart(ONE, MS, ms(4)), Freed::default());
+        let freed = desk.depart(ONE, MS, ms(4));
+        assert_eq!((freed.next, freed.refused.len()), (None, 0));
     }
     assert_eq!((desk.jobs(), desk.house.active_shares), (0, 0));
 }
@@ -77,13 +78,15 @@ fn a_short_queue_is_first_in_first_out_and_a_standing_one_is_not() {
     let freed = desk.depart(ONE, ms(10), ms(111));
     assert_eq!(freed.refused, (11..=20).map(key).collect::<Vec<_>>());
     assert_eq!(freed.next, None);
-    // And all is forgotten: the next flood may queue again.
+    // For another 100 ms after that it takes nobody for whom there is no place soon,
     assert_eq!(ask(&mut desk, ONE, 30, ms(112)), Ok(Arrival::Runs));
-    assert_eq!(ask(&mut desk, ONE, 31, ms(112)), Ok(Arrival::Waits));
+    assert!(ask(&mut desk, ONE, 31, ms(210)).is_err());
+    // and when nobody was refused for so long, all is forgotten.
+    assert_eq!(ask(&mut desk, ONE, 32, ms(311)), Ok(Arrival::Waits));
 }
 
 #[test]
-fn the_newest_of_a_standing_queue_is_served() {
+fn a_standing_queue_is_kept_short_and_serves_what_is_fresh() {
     let mut desk = desk(1, 100);
     assert_eq!(ask(&mut desk, ONE, 0, ms(0)), Ok(Arrival::Runs));
     // A place every millisecond, and two requests for it: the queue never gets empty.
