@@ -34,7 +34,7 @@ use super::runners::{Lender, Load, Runners, Ticket};
 const BATCH: Duration = Duration::from_micros(250);
 /// After how much work without a pause others may take a worker's jobs. What a request has touched
 /// is in its own core's cache: on another one it costs a quarter more.
-const ALONE: Duration = Duration::from_micros(500);
+const ALONE: Nanos = Nanos::from_micros(500);
 /// How long a core is lent before the scheduler is asked again.
 const LOAN: Duration = Duration::from_millis(2);
 
@@ -82,7 +82,7 @@ impl WorkerSlot {
     /// It has been busy for so long that others should take over some of its jobs.
     fn is_behind(&self, at: Nanos) -> bool {
         let since = self.busy_since.load(Ordering::Relaxed);
-        since != 0 && at.as_nanos().saturating_sub(since) >= ALONE.as_nanos() as u64
+        since != 0 && at.saturating_sub(Nanos::from_nanos(since)) >= ALONE
     }
 }
 
@@ -396,9 +396,11 @@ impl Pool {
     fn may_pick(&self, worker: WorkerId, own: usize, at: Nanos) -> bool {
         own > 0
             || self.help_wanted.swap(false, Ordering::Relaxed)
-            || self.workers.iter().enumerate().any(|(index, slot)| {
-                index != worker.index() && slot.is_behind(at)
-            })
+            || self
+                .workers
+                .iter()
+                .enumerate()
+                .any(|(index, slot)| index != worker.index() && slot.is_behind(at))
     }
 
     fn wake_idle(&self, except: WorkerId) {
@@ -1009,7 +1011,9 @@ impl Inner {
     /// A job has ended: its place goes to one that waits. Those that have waited for too long are
     /// refused, and handed back to be dropped without the lock.
     fn finished(&mut self, job: &Job, at: Nanos) -> Vec<Job> {
-        let stayed = job.placed.map_or(Nanos::ZERO, |since| at.saturating_sub(since));
+        let stayed = job
+            .placed
+            .map_or(Nanos::ZERO, |since| at.saturating_sub(since));
         let freed = self.admission.depart(job.tenant, stayed, at);
         if let Some(key) = freed.next {
             self.begin(key, at);
