@@ -8,8 +8,8 @@ use std::str::FromStr;
 use std::thread::available_parallelism;
 
 use insula_host::config::{DEFAULT_CEILING, DEFAULT_INSTANCES, HostConfig};
-use insula_types::Millis;
 use insula_types::spec::{RequestLimits, is_host_name};
+use insula_types::{Bytes, Millis};
 use tracing_subscriber::EnvFilter;
 
 use crate::args::ServeArgs;
@@ -94,11 +94,12 @@ impl Reader {
     }
 }
 
-const KEYS: [&str; 13] = [
+const KEYS: [&str; 14] = [
     "admin",
     "data",
     "domain",
     "drain",
+    "guest_memory",
     "instances",
     "listen",
     "log",
@@ -140,6 +141,10 @@ pub(crate) fn resolve(
         },
         instances: reader.read_with("instances", DEFAULT_INSTANCES, |text| {
             number(text, 1, INSTANCES_MAX)
+        }),
+        guest_memory: reader.read_with("guest_memory", None, |text| {
+            let bytes = text.parse::<Bytes>();
+            bytes.map(Some).map_err(|error| error.to_string())
         }),
         drain: reader.read("drain", DEFAULT_DRAIN),
     };
@@ -214,6 +219,7 @@ fn read_flags(reader: &mut Reader, args: &ServeArgs) {
         ("data", &args.data),
         ("domain", &args.domain),
         ("drain", &args.drain),
+        ("guest_memory", &args.guest_memory),
         ("instances", &args.instances),
         ("listen", &args.listen),
         ("log", &args.log),

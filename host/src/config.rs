@@ -23,6 +23,8 @@ pub struct HostConfig {
     pub ceiling: RequestLimits,
     /// Instances that can be alive at once.
     pub instances: u32,
+    /// Memory that all guests together may use; three quarters of the machine's when not given.
+    pub guest_memory: Option<Bytes>,
     /// How long requests may go on after SIGTERM.
     pub drain: Millis,
 }

@@ -29,7 +29,9 @@ use insula_types::{Digest, ServiceId, TenantId, TenantName, VersionNumber};
 use tokio::sync::{mpsc, watch};
 
 use crate::engine::artefact::ArtefactKey;
-use crate::engine::{Engine, EngineError, EngineLimits, Program, TenantMemory, compatibility};
+use crate::engine::{
+    Engine, EngineError, EngineLimits, HostMemory, Program, TenantMemory, compatibility,
+};
 use crate::ingress::Ingress;
 use crate::ingress::logs::{LogHub, ServiceLog};
 use crate::ingress::routes::RouteTable;
@@ -56,6 +58,8 @@ pub struct DataConfig {
     pub ceiling: RequestLimits,
     /// Instances alive at once.
     pub instances: u32,
+    /// What all guests together may use.
+    pub guest_memory: insula_types::Bytes,
     /// The key that artefacts are sealed with.
     pub artefact_key: ArtefactKey,
 }
@@ -146,6 +150,7 @@ pub fn start(
         .map_err(StartError::Thread)?;
     let compat = compatibility();
     let desk = Desk {
+        memory: Arc::new(HostMemory::new(config.guest_memory)),
         config,
         engine,
         compat,
@@ -185,6 +190,7 @@ struct Desk {
     pool: Arc<Pool>,
     ingress: Arc<Ingress>,
     metrics: DataMetrics,
+    memory: Arc<HostMemory>,
     logs: Arc<LogHub>,
     tenants: HashMap<TenantId, Tenant>,
     services: HashMap<ServiceId, Service>,
@@ -316,17 +322,18 @@ impl Desk {
         spec: &TenantSpec,
     ) -> Result<(), Refusal> {
         self.pool.set_tenant(id, spec).map_err(Refusal::Envelope)?;
-        let metrics = &self.metrics;
+        let (metrics, host_memory) = (&self.metrics, &self.memory);
         let tenant = self.tenants.entry(id).or_insert_with(|| Tenant {
             entry: Arc::new(TenantEntry {
                 id,
                 metrics: metrics.tenant(&name),
                 name,
-                memory: Arc::new(TenantMemory::new()),
+                memory: Arc::new(TenantMemory::new(Arc::clone(host_memory))),
             }),
             waited: Default::default(),
         });
-        tenant.entry.memory.set_limit(spec.memory_limit);
+        let shares = u64::from(spec.cpu.shares.get());
+        tenant.entry.memory.set(spec.memory_limit, shares);
         let limit = spec.memory_limit.map(insula_types::Bytes::get);
         tenant.entry.metrics.set_memory_limit(limit);
         Ok(())
@@ -435,7 +442,10 @@ impl Desk {
     fn collect(&mut self) -> Collected {
         for (id, tenant) in &mut self.tenants {
             let metrics = &tenant.entry.metrics;
-            metrics.set_memory_bytes(Kind::Wasm, tenant.entry.memory.used_bytes());
+            let memory = &tenant.entry.memory;
+            metrics.set_memory_bytes(Kind::Wasm, memory.used_bytes());
+            let (limit, host) = memory.refusals();
+            metrics.raise_memory_refusals_to(limit, host);
             if let Some((waited, throttled)) = self.pool.waited(*id) {
                 let (waited_before, throttled_before) = tenant.waited;
                 metrics.add_cpu_wait_ns(Kind::Wasm, ns(waited.saturating_sub(waited_before)));
@@ -444,6 +454,9 @@ impl Desk {
                 tenant.waited = (waited, throttled);
             }
         }
+        let memory = &self.memory;
+        self.metrics
+            .set_guest_memory(memory.used_bytes(), memory.budget_bytes());
         self.metrics.raise_host_cpu_ns_to(self.pool.host_cpu_ns());
         let mut usage = Vec::new();
         let mut versions = Vec::new();

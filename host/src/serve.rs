@@ -6,7 +6,10 @@ use std::time::Duration;
 
 use tokio::sync::mpsc;
 
+use insula_types::quantity::Bytes;
+
 use crate::config::HostConfig;
+use crate::control::machine::Machine;
 use crate::control::{self, Compiler, ControlConfig, ControlPlane, Seal};
 use crate::data::{self, DataConfig, DataPlane};
 use crate::engine::artefact::{self, ArtefactKey};
@@ -74,6 +77,7 @@ impl Host {
                 workers: config.workers,
                 ceiling: config.ceiling,
                 instances: config.instances,
+                guest_memory: config.guest_memory.unwrap_or_else(default_guest_memory),
                 artefact_key: ArtefactKey::from_bytes(key),
             },
             commands_in,
@@ -137,4 +141,12 @@ fn artefact_key(directory: &DataDir) -> std::io::Result<[u8; 32]> {
     getrandom::fill(&mut key).map_err(std::io::Error::other)?;
     directory.write_secret(KEY_FILE, &key)?;
     Ok(key)
+}
+
+/// Three quarters of the machine, so that the rest is left to the host, its caches and the system.
+fn default_guest_memory() -> Bytes {
+    match Machine::look().memory_bytes {
+        0 => Bytes::MAX,
+        bytes => Bytes::constant(bytes / 4 * 3),
+    }
 }

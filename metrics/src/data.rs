@@ -26,7 +26,7 @@ use std::time::Duration;
 use insula_types::{Outcome, ServiceName, TenantName};
 
 use crate::cells::{Count, Histogram, Integral};
-use crate::labels::{Direction, InstanceState, Kind, ShedReason};
+use crate::labels::{Direction, InstanceState, Kind, MemoryRefusal, ShedReason};
 
 mod expose;
 
@@ -88,6 +88,8 @@ struct Inner {
     services_per_tenant_max: usize,
     host_cpu_ns: Count,
     host_workers: AtomicU64,
+    guest_memory: AtomicU64,
+    guest_memory_budget: AtomicU64,
     unrouted: Unrouted,
     tenants: RwLock<BTreeMap<TenantName, TenantEntry>>,
 }
@@ -110,6 +112,7 @@ pub struct TenantMetrics {
     memory_integral: [Integral; 2],
     /// [`NO_LIMIT`] while there is none.
     memory_limit_bytes: AtomicU64,
+    memory_refusals: [Count; MemoryRefusal::ALL.len()],
     has_machines: AtomicBool,
     log_lines_dropped: Count,
     edge: Edge,
@@ -171,6 +174,8 @@ impl DataMetrics {
                 services_per_tenant_max,
                 host_cpu_ns: Count::default(),
                 host_workers: AtomicU64::new(0),
+                guest_memory: AtomicU64::new(0),
+                guest_memory_budget: AtomicU64::new(0),
                 unrouted: Unrouted::default(),
                 tenants: RwLock::default(),
             }),
@@ -242,6 +247,12 @@ impl DataMetrics {
         self.inner.host_workers.store(workers, Relaxed);
     }
 
+    /// What all guests together use, and may use.
+    pub fn set_guest_memory(&self, used_bytes: u64, budget_bytes: u64) {
+        self.inner.guest_memory.store(used_bytes, Relaxed);
+        self.inner.guest_memory_budget.store(budget_bytes, Relaxed);
+    }
+
     /// CPU time charged so far: to all present tenants, and to the host itself, in nanoseconds.
     #[must_use]
     pub fn cpu_ns(&self) -> (u64, u64) {
@@ -279,6 +290,7 @@ impl Default for TenantMetrics {
             memory_bytes: Default::default(),
             memory_integral: Default::default(),
             memory_limit_bytes: AtomicU64::new(NO_LIMIT),
+            memory_refusals: Default::default(),
             has_machines: AtomicBool::new(false),
             log_lines_dropped: Count::default(),
             edge: Edge::default(),
@@ -332,6 +344,12 @@ impl TenantMetrics {
     pub fn set_memory_limit(&self, limit_bytes: Option<u64>) {
         self.memory_limit_bytes
             .store(limit_bytes.unwrap_or(NO_LIMIT), Relaxed);
+    }
+
+    /// How often so far memory was refused by a limit of the tenant's own, and by the host.
+    pub fn raise_memory_refusals_to(&self, limit: u64, host: u64) {
+        self.memory_refusals[MemoryRefusal::Limit.index()].raise_to(limit);
+        self.memory_refusals[MemoryRefusal::Host.index()].raise_to(host);
     }
 
     /// Counts a request refused before any guest code ran.

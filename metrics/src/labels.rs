@@ -72,6 +72,15 @@ label!(
     }
 );
 label!(
+    /// By whose limit memory was refused to a guest.
+    MemoryRefusal {
+        /// The instance's, or its tenant's.
+        Limit = "limit",
+        /// The host has no more for this tenant.
+        Host = "host",
+    }
+);
+label!(
     /// What an instance is doing.
     InstanceState {
         /// Being instantiated; the handler is not entered yet.

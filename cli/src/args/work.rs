@@ -39,6 +39,9 @@ pub(crate) struct ServeArgs {
     /// Instances that can be alive at once [default: 2000]
     #[arg(long, env = "INSULA_INSTANCES", value_name = "N")]
     pub(crate) instances: Option<String>,
+    /// Memory that all guests together may use [default: three quarters of the machine's]
+    #[arg(long, env = "INSULA_GUEST_MEMORY", value_name = "BYTES")]
+    pub(crate) guest_memory: Option<String>,
     /// How long requests may go on after SIGTERM [default: 10s]
     #[arg(long, env = "INSULA_DRAIN", value_name = "DURATION")]
     pub(crate) drain: Option<String>,

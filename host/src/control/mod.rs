@@ -43,7 +43,7 @@ mod idempotency;
 mod ledger;
 mod link;
 mod logs;
-mod machine;
+pub(crate) mod machine;
 mod openapi;
 mod problem;
 mod pump;

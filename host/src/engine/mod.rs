@@ -30,4 +30,4 @@ pub use compile::compile_child_main;
 pub use config::{Engine, EngineError, EngineLimits, compatibility};
 pub use guest_log::{LogLine, LogSink};
 pub use load::{LoadError, Program};
-pub use memory::TenantMemory;
+pub use memory::{HostMemory, Refused, TenantMemory};

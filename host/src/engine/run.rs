@@ -24,7 +24,7 @@ use super::config::caps;
 use super::guest::Guest;
 use super::guest_log::LogSink;
 use super::load::Program;
-use super::memory::{MemoryMeter, TenantMemory};
+use super::memory::{MemoryMeter, Refused, TenantMemory};
 
 /// The body of a guest's answer.
 pub type ResponseBody = HyperOutgoingBody;
@@ -215,13 +215,16 @@ where
 }
 
 /// One error of the engine in the words of metrics and problems.
-fn classify(error: &wasmtime::Error, memory_refused: bool) -> Verdict {
+fn classify(error: &wasmtime::Error, memory_refused: Option<Refused>) -> Verdict {
     let outcome = if error.is::<PoolConcurrencyLimitError>() {
         Outcome::HostOverloaded
     } else if matches!(error.downcast_ref::<Trap>(), Some(Trap::OutOfFuel)) {
         Outcome::OutOfFuel
-    } else if memory_refused {
-        Outcome::OutOfMemory
+    } else if let Some(by) = memory_refused {
+        match by {
+            Refused::Limit => Outcome::OutOfMemory,
+            Refused::Host => Outcome::HostOverloaded,
+        }
     } else {
         Outcome::Trap
     };

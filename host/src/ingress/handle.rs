@@ -83,7 +83,9 @@ pub(super) async fn handle(
     }
     let deadline = began + Duration::from(service.limits.timeout);
     // Before anything is made for it: a refusal has to be cheap.
-    let admitted = match ingress.pool.admit(service.tenant.id, deadline) {
+    let room = service.tenant.memory.has_room().map_err(Shed::from);
+    let admitted = room.and_then(|()| ingress.pool.admit(service.tenant.id, deadline));
+    let admitted = match admitted {
         Ok(admitted) => admitted,
         Err(shed) => return shed_request(&service, shed, request.headers(), began, request_id),
     };
@@ -125,6 +127,8 @@ const fn blame(shed: Shed) -> (Outcome, ShedReason) {
         Shed::TenantBehind { .. } => (Outcome::TenantOverloaded, ShedReason::Overload),
         Shed::TooLate { .. } => (Outcome::TenantOverloaded, ShedReason::Deadline),
         Shed::HostFull { .. } => (Outcome::HostOverloaded, ShedReason::HostQueue),
+        Shed::TenantMemory => (Outcome::TenantOverloaded, ShedReason::Memory),
+        Shed::HostMemory => (Outcome::HostOverloaded, ShedReason::HostMemory),
         Shed::TenantGone => (Outcome::NotFound, ShedReason::Draining),
     }
 }

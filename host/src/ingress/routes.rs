@@ -155,7 +155,9 @@ mod tests {
             id: TenantId::new(tenant.0),
             metrics: registry.tenant(&name_of_tenant),
             name: name_of_tenant,
-            memory: Arc::new(crate::engine::TenantMemory::new()),
+            memory: Arc::new(crate::engine::TenantMemory::new(Arc::new(
+                crate::engine::HostMemory::new(insula_types::Bytes::MAX),
+            ))),
         });
         let log = super::super::logs::ServiceLog::new(
             ServiceId::new(id),

@@ -8,8 +8,8 @@
 //!
 //! Places are instances. A tenant has `requests.in_flight` of them, the host as many as its pool.
 //! Where seven eighths of the host's are taken, a tenant gets another one only while it has less
-//! than its part: that of its shares among the tenants that have requests here, or that of its
-//! reservation, whichever is more. What becomes free then goes in turn to those who wait below
+//! than its part: that of its shares among the tenants that have requests here and one that may come,
+//! or that of its reservation, whichever is more. What becomes free then goes in turn to those who wait below
 //! theirs. So a flood leaves places for everybody else, and nobody is shed below its reservation.
 //!
 //! A request that must wait is refused at once where it would wait past its deadline: the requests
@@ -26,10 +26,12 @@ use std::collections::{HashMap, VecDeque};
 use std::time::Duration;
 
 use insula_scheduler::Nanos;
+use insula_types::quantity::Shares;
 use insula_types::spec::TenantSpec;
 use insula_types::{Outcome, TenantId};
 
 use super::jobs::JobKey;
+use crate::engine::Refused;
 
 /// Requests of all tenants that wait for a place, at most.
 const WAITING_MAX: usize = 100_000;
@@ -86,6 +88,12 @@ pub enum Shed {
         /// When one may be free.
         retry: Duration,
     },
+    /// All memory that the tenant may use is in use.
+    #[error("the tenant's memory is in use")]
+    TenantMemory,
+    /// The host's memory is in use, and the tenant has its part.
+    #[error("the host's memory is in use")]
+    HostMemory,
     /// The tenant is being deleted.
     #[error("the tenant is being deleted")]
     TenantGone,
@@ -100,10 +108,20 @@ impl Shed {
             | Self::TenantRate { retry, .. }
             | Self::HostFull { retry, .. } => retry,
             Self::TenantBehind { wait } | Self::TooLate { wait } => wait,
+            Self::TenantMemory | Self::HostMemory => RETRY_MIN,
             Self::TenantGone => return None,
         };
         let after = after.clamp(RETRY_MIN, RETRY_MAX);
         Some(after.as_secs() + u64::from(after.subsec_nanos() > 0))
+    }
+}
+
+impl From<Refused> for Shed {
+    fn from(refused: Refused) -> Self {
+        match refused {
+            Refused::Limit => Self::TenantMemory,
+            Refused::Host => Self::HostMemory,
+        }
     }
 }
 
@@ -199,7 +217,9 @@ impl House {
     /// A tenant's part of all places.
     fn part(&self, tenant: &Tenant) -> u32 {
         let places = u64::from(self.places);
-        let active = self.active_shares.max(tenant.shares());
+        // One more may come at any time.
+        let newcomer = u64::from(Shares::NORMAL.get());
+        let active = self.active_shares.max(tenant.shares()) + newcomer;
         let by_shares = places * tenant.shares() / active;
         let reserved = tenant.spec.cpu.reservation.map_or(0, |rate| rate.get());
         let by_reservation = places * reserved / self.capacity.max(1);

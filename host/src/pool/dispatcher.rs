@@ -240,10 +240,9 @@ impl Pool {
                 .map_err(|error| error.to_string())?;
         }
         inner.admission.set(tenant, spec);
-        if inner.begin_waiting(tenant, now) {
-            drop(inner);
-            self.wake_all();
-        }
+        let begun = inner.begin_waiting(tenant, now);
+        drop(inner);
+        self.wake_homes(&begun);
         Ok(())
     }
 
@@ -326,14 +325,18 @@ impl Pool {
             killed: None,
             placed: (admitted.0 == Arrival::Runs).then_some(at),
         });
-        match admitted.0 {
-            Arrival::Runs => inner.enqueue(key, Class::Fresh, at),
+        let begun = match admitted.0 {
+            Arrival::Runs => {
+                inner.enqueue(key, Class::Fresh, at);
+                Vec::new()
+            }
             Arrival::Waits => {
                 inner.admission.wait(tenant, key, at);
-                inner.begin_waiting(tenant, at);
+                inner.begin_waiting(tenant, at)
             }
-        }
+        };
         drop(guard);
+        self.wake_homes(&begun);
         let slot = &self.workers[home.index()];
         lock(&slot.deadlines).add(now, deadline, key);
         slot.wake.notify_one();
@@ -389,6 +392,22 @@ impl Pool {
         slot.wake.notify_one();
         if slot.in_slice.load(Ordering::Relaxed) && slot.is_behind(at) {
             self.wake_idle(home);
+        }
+    }
+
+    /// Wakes the workers that have something to begin.
+    fn wake_homes(&self, homes: &[WorkerId]) {
+        for home in homes {
+            self.workers[home.index()].wake.notify_one();
+        }
+    }
+
+    /// A slice was charged by a worker. Where its job is queued again it may be another worker's:
+    /// that one hears of it, and this one may go on with it.
+    fn queued_again(&self, worker: WorkerId, home: Option<WorkerId>) {
+        if let Some(home) = home.filter(|home| *home != worker) {
+            self.help_wanted.store(true, Ordering::Relaxed);
+            self.workers[home.index()].wake.notify_one();
         }
     }
 
@@ -709,6 +728,7 @@ impl Pool {
         // The scheduler knows the worker's slice: it was picked for it and not charged since.
         let charged = lock(&self.inner).charge(worker, used, SliceEnd::Paused, at);
         debug_assert!(charged.is_some());
+        self.queued_again(worker, charged.and_then(|(_, home)| home));
     }
 
     /// A slice on a runner has ended: charges the rest of it. Its job ends or parks with it, or
@@ -803,13 +823,17 @@ impl Pool {
             }
         };
         let charged = inner.charge(worker, Nanos::from_nanos(used), end, at);
-        let refused = gone.as_ref().map(|job| inner.finished(job, at));
+        let finished = gone.as_ref().map(|job| inner.finished(job, at));
         drop(guard);
-        drop(refused);
+        if let Some((refused, begun)) = finished {
+            drop(refused);
+            self.wake_homes(begun.as_slice());
+        }
+        self.queued_again(worker, charged.and_then(|(_, home)| home));
         if gone.is_some() {
             exchange.finish();
         }
-        if could_go_on(end) && charged.is_some_and(|charged| charged.runnable > 1) {
+        if could_go_on(end) && charged.is_some_and(|(runnable, _)| runnable > 1) {
             self.help_wanted.store(true, Ordering::Relaxed);
             self.wake_idle(worker);
         }
@@ -958,39 +982,42 @@ impl Inner {
         Some(job)
     }
 
-    /// Queues waiting requests for which there is a place; says whether there were any.
-    fn begin_waiting(&mut self, tenant: TenantId, at: Nanos) -> bool {
-        let mut any = false;
+    /// Queues waiting requests for which there is a place; says which are their homes.
+    fn begin_waiting(&mut self, tenant: TenantId, at: Nanos) -> Vec<WorkerId> {
+        let mut homes = Vec::new();
         while let Some(key) = self.admission.next(tenant, at) {
-            self.begin(key, at);
-            any = true;
+            homes.extend(self.begin(key, at));
         }
-        any
+        homes
     }
 
-    /// A waiting request has a place.
-    fn begin(&mut self, key: JobKey, at: Nanos) {
-        if let Some(job) = self.jobs.get_mut(key) {
-            job.placed = Some(at);
-        }
+    /// A waiting request has a place; says which is its home.
+    fn begin(&mut self, key: JobKey, at: Nanos) -> Option<WorkerId> {
+        let job = self.jobs.get_mut(key)?;
+        job.placed = Some(at);
+        let home = job.home;
         self.enqueue(key, Class::Fresh, at);
+        Some(home)
     }
 
-    /// Charges a worker's slice and counts its job where it is queued again.
+    /// Charges a worker's slice. Says how many jobs can run, and whose home its job is where that is
+    /// queued again.
     fn charge(
         &mut self,
         worker: WorkerId,
         used: Nanos,
         end: SliceEnd,
         at: Nanos,
-    ) -> Option<sched::Charged> {
+    ) -> Option<(usize, Option<WorkerId>)> {
         let charged = self.sched.charge(worker, used, end, at).ok()?;
+        let mut home = None;
         if charged.fate == sched::Fate::Requeued
             && let Some(job) = self.jobs.get_mut(JobKey::of(charged.job))
         {
             self.queued[job.home.index()] += 1;
+            home = Some(job.home);
         }
-        Some(charged)
+        Some((charged.runnable, home))
     }
 
     fn enqueue(&mut self, key: JobKey, class: Class, at: Nanos) {
@@ -1008,23 +1035,21 @@ impl Inner {
         }
     }
 
-    /// A job has ended: its place goes to one that waits. Those that have waited for too long are
-    /// refused, and handed back to be dropped without the lock.
-    fn finished(&mut self, job: &Job, at: Nanos) -> Vec<Job> {
+    /// A job has ended: its place goes to one that waits, at the home that is told. Those that have
+    /// waited for too long are refused, and handed back to be dropped without the lock.
+    fn finished(&mut self, job: &Job, at: Nanos) -> (Vec<Job>, Option<WorkerId>) {
         let stayed = job
             .placed
             .map_or(Nanos::ZERO, |since| at.saturating_sub(since));
         let freed = self.admission.depart(job.tenant, stayed, at);
-        if let Some(key) = freed.next {
-            self.begin(key, at);
-        }
+        let begun = freed.next.and_then(|key| self.begin(key, at));
         let refused = freed.refused.into_iter();
         let refused: Vec<_> = refused.filter_map(|key| self.jobs.remove(key)).collect();
         for job in &refused {
             job.shed(freed.blame);
         }
         self.forget_if_empty(job.tenant, at);
-        refused
+        (refused, begun)
     }
 
     fn forget_if_empty(&mut self, tenant: TenantId, at: Nanos) {

@@ -7,7 +7,7 @@ use insula_types::{Outcome, ServiceName, TenantName};
 
 use super::{DataMetrics, NO_LIMIT, OTHER_SERVICE, ServiceMetrics, TenantMetrics};
 use crate::cells::{Count, Distribution, seconds};
-use crate::labels::{Direction, InstanceState, Kind, ShedReason};
+use crate::labels::{Direction, InstanceState, Kind, MemoryRefusal, ShedReason};
 use crate::page::{Page, Series, Type, number};
 
 /// The handles that exist at one moment, so that no lock is held while a page is written.
@@ -35,6 +35,7 @@ impl DataMetrics {
         snapshot.instances(&mut page);
         snapshot.log_lines(&mut page);
         snapshot.memory(&mut page);
+        snapshot.memory_refusals(&mut page);
         snapshot.durations(&mut page);
         self.requests(&snapshot, &mut page);
         self.shed_total(&snapshot, &mut page);
@@ -75,6 +76,18 @@ impl DataMetrics {
             Type::Gauge,
             "Worker threads that serve guests.",
             |series| series.gauge(&[], number(self.inner.host_workers.load(Relaxed))),
+        );
+        page.family(
+            "insula_host_guest_memory_bytes",
+            Type::Gauge,
+            "Memory of all guests together.",
+            |series| series.gauge(&[], number(self.inner.guest_memory.load(Relaxed))),
+        );
+        page.family(
+            "insula_host_guest_memory_budget_bytes",
+            Type::Gauge,
+            "Memory that all guests together may use; above seven eighths of it by shares.",
+            |series| series.gauge(&[], number(self.inner.guest_memory_budget.load(Relaxed))),
         );
     }
 
@@ -279,6 +292,26 @@ impl Snapshot {
                     let limit = tenant.metrics.memory_limit_bytes.load(Relaxed);
                     if limit != NO_LIMIT {
                         series.gauge(&[("tenant", tenant.name.as_str())], number(limit));
+                    }
+                }
+            },
+        );
+    }
+
+    fn memory_refusals(&self, page: &mut Page) {
+        page.family(
+            "insula_memory_refused_total",
+            Type::Counter,
+            "Growth of a guest's memory that was refused.",
+            |series| {
+                for tenant in &self.tenants {
+                    for reason in MemoryRefusal::ALL {
+                        let labels = [
+                            ("tenant", tenant.name.as_str()),
+                            ("reason", reason.as_str()),
+                        ];
+                        let count = &tenant.metrics.memory_refusals[reason.index()];
+                        count_if_any(series, &labels, count);
                     }
                 }
             },

@@ -200,7 +200,7 @@ fn the_hosts_last_places_are_for_those_who_have_few() {
         .filter(|number| ask(&mut desk, ONE, *number, MS) == Ok(Arrival::Runs))
         .count();
     assert_eq!(ran, 69, "70 places but for the other's");
-    // The other's requests still find places, up to its half.
+    // The other's requests still find places, up to its part.
     for number in 0..10 {
         assert_eq!(
             ask(&mut desk, TWO, 1_000 + number, ms(2)),
