@@ -72,6 +72,7 @@ fn fill(bytes: &mut [u8]) -> Result<(), DeviceError> {
 mod tests {
     use super::super::testing::{Driver, INDIRECT, MEMORY_BYTES, NEXT, WRITE};
     use super::*;
+    use virtio_bindings::virtio_ring::VIRTIO_RING_F_EVENT_IDX;
 
     fn live() -> Driver {
         Driver::live(Rng::default(), 0)
@@ -190,5 +191,24 @@ mod tests {
         driver.make_available(0, 2);
         driver.notify(0);
         assert_eq!(driver.wait_used(0), (2, 16));
+    }
+
+    /// Indices count to 2^16 and begin anew, with and without event indices.
+    #[test]
+    fn indices_wrap_around() {
+        for features in [0, 1 << VIRTIO_RING_F_EVENT_IDX] {
+            let mut driver = Driver::live(Rng::default(), features);
+            // Sixteen at once, sixteen to a ring.
+            for round in 0..4100_u32 {
+                driver.forget_buffers();
+                for _ in 0..16 {
+                    driver.offer(0, &[], &[1]);
+                }
+                driver.notify(0);
+                for head in 0..16 {
+                    assert_eq!(driver.wait_used(0), (head, 1), "round {round}");
+                }
+            }
+        }
     }
 }
