@@ -40,12 +40,13 @@ pub(crate) struct Guest {
 impl Guest {
     /// Boots with this disk as its root, and returns when its init is ready.
     pub(crate) fn boot(hypervisor: &Hypervisor, vcpus: u8, root: Box<dyn Disk>) -> Self {
-        Self::boot_with(hypervisor, vcpus, root, Vec::new())
+        Self::boot_with(hypervisor, "vmlinuz", vcpus, root, Vec::new())
     }
 
-    /// The same with more devices.
+    /// The same with this kernel, and with more devices.
     pub(crate) fn boot_with(
         hypervisor: &Hypervisor,
+        kernel: &str,
         vcpus: u8,
         root: Box<dyn Disk>,
         more: Vec<Box<dyn VirtioDevice>>,
@@ -60,7 +61,7 @@ impl Guest {
             vcpus: VcpuCount::new(vcpus).expect("a count"),
             memory: MemorySize::new(MEMORY).expect("a size"),
             boot: BootSource::Kernel {
-                kernel: file("vmlinuz"),
+                kernel: file(kernel),
                 initrd: Some(file("inner.cpio")),
                 command_line: COMMAND_LINE.parse().expect("a command line"),
             },

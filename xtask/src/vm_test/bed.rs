@@ -9,6 +9,7 @@ use serde_json::Value;
 
 use super::cpio::Archive;
 use super::debian::Debian;
+use super::vmlinux;
 use crate::repository::{Repository, cargo};
 use crate::say;
 use crate::tools::run;
@@ -107,6 +108,8 @@ pub(super) fn build(repository: &Repository, dir: &Path, debian: &Debian) -> Res
     bed.copy("bed/bed", &programs.bed)?;
     bed.copy("bed/micro", &programs.micro)?;
     bed.copy("bed/vmlinuz", &debian.kernel)?;
+    let kernel = fs::read(&debian.kernel).context("reading the kernel")?;
+    bed.file("bed/vmlinux", &vmlinux::extract(&kernel)?)?;
     bed.file("bed/inner.cpio", &inner.finish()?)?;
     bed.copy("bed/root.ext4", &root)?;
     let image = dir.join("bed.cpio");

@@ -15,6 +15,7 @@
 mod bed;
 mod cpio;
 mod debian;
+mod vmlinux;
 
 use std::io::{BufRead, BufReader};
 use std::path::Path;
