@@ -116,7 +116,7 @@ pub fn start(
     let pool = Pool::new(config.workers, config.instances)?;
     let metrics = DataMetrics::new();
     metrics.set_host_workers(config.workers);
-    let ingress = Ingress::new(Arc::clone(&pool), metrics.clone());
+    let ingress = Ingress::new(Arc::clone(&pool), metrics.clone(), config.workers);
     let listeners = worker::listeners(config.listen, config.workers)?;
     let address = listeners
         .first()
