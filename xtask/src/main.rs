@@ -44,6 +44,8 @@ usage: cargo xtask VERB
   fuzz TARGET [--seconds N] [--seed N]
                hostile drivers by chance against a device of the monitor: rng, block, overlay, net,
                vsock, balloon or all
+  vm-bench [ROUNDS]
+               the monitor beside QEMU's microvm machine, in the same bed
   lint         rustfmt and clippy
   deps         which crate may use which
   deny         licences, sources and advisories of what we depend on
@@ -100,6 +102,9 @@ fn run(verb: &str, rest: Vec<String>) -> Result<ExitCode> {
         }
         "vm-test" if rest.len() < 2 => {
             return vm_test::run(&Repository::find()?, rest.first().map(String::as_str));
+        }
+        "vm-bench" if rest.len() < 2 => {
+            return vm_test::bench(&Repository::find()?, rest.first().map(String::as_str));
         }
         "" | "help" | "-h" | "--help" => {
             say(USAGE.trim_end());

@@ -15,7 +15,7 @@ use crate::say;
 use crate::tools::run;
 
 /// What makes `/dev/kvm` and `/dev/net/tun`, in the order in which they are loaded.
-const HOST_MODULES: [&str; 4] = [
+pub(super) const HOST_MODULES: [&str; 4] = [
     "virt/lib/irqbypass",
     "arch/x86/kvm/kvm",
     "arch/x86/kvm/kvm-amd",
@@ -121,12 +121,12 @@ fn name(module: &str) -> &str {
     module.rsplit('/').next().unwrap_or(module)
 }
 
-fn with_modules(script: &str, modules: &[&str]) -> String {
+pub(super) fn with_modules(script: &str, modules: &[&str]) -> String {
     let names: Vec<&str> = modules.iter().map(|module| name(module)).collect();
     script.replace("MODULES", &names.join(" "))
 }
 
-fn modules(archive: &mut Archive, debian: &Debian, modules: &[&str]) -> Result<()> {
+pub(super) fn modules(archive: &mut Archive, debian: &Debian, modules: &[&str]) -> Result<()> {
     for module in modules {
         let name = format!("modules/{}.ko", name(module));
         archive.copy(&name, &debian.module(module))?;
@@ -134,13 +134,13 @@ fn modules(archive: &mut Archive, debian: &Debian, modules: &[&str]) -> Result<(
     Ok(())
 }
 
-struct Programs {
-    bed: PathBuf,
+pub(super) struct Programs {
+    pub(super) bed: PathBuf,
     micro: PathBuf,
 }
 
 /// Links the tests statically, for a system that has no libraries.
-fn programs(repository: &Repository, dir: &Path) -> Result<Programs> {
+pub(super) fn programs(repository: &Repository, dir: &Path) -> Result<Programs> {
     say("   building the machine tests, linked statically");
     let output = cargo(&repository.root)
         .args(["build", "--release", "--package", "insula-vmm"])
