@@ -12,7 +12,7 @@ use crate::guest::{FILES, Guest, file};
 
 type Case = fn(&Hypervisor) -> String;
 
-pub(crate) const ALL: [(&str, Case); 4] = [
+pub(crate) const ALL: [(&str, Case); 6] = [
     (
         "an unmodified kernel, four vCPUs, devices, ext4 root, pause, reboot",
         first_boot,
@@ -26,6 +26,14 @@ pub(crate) const ALL: [(&str, Case); 4] = [
         overlay_boot,
     ),
     ("the overlay is read back on one vCPU", overlay_again),
+    (
+        "a jailed monitor, its console, a host that dies, the power button",
+        crate::jailed::life,
+    ),
+    (
+        "saved, ended, and gone on as two clones side by side",
+        crate::jailed::clones,
+    ),
 ];
 
 /// Hash of a file that the guest writes, for the next boot.

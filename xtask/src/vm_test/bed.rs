@@ -30,9 +30,19 @@ const GUEST_MODULES: [&str; 5] = [
     "drivers/char/hw_random/virtio-rng",
 ];
 
-/// Of the bed: brings up KVM, runs the tests, goes off.
+/// What its tests load themselves, from the root disk.
+const ROOT_MODULES: [&str; 2] = ["drivers/input/evdev", "drivers/acpi/button"];
+
+/// Of the bed: goes over to a root that can be left again, as a jail does; brings up KVM, runs the tests, goes off.
 const HOST_INIT: &str = r#"#!/bin/busybox sh
 B=/bin/busybox
+if [ "$1" != again ]; then
+    $B mkdir /new
+    $B mount -t tmpfs new /new
+    $B cp -a /init /bin /bed /modules /new
+    $B mkdir /new/proc /new/sys /new/dev /new/tmp
+    exec $B switch_root /new /init again
+fi
 $B mount -t proc proc /proc
 $B mount -t sysfs sysfs /sys
 $B mount -t devtmpfs dev /dev
@@ -44,7 +54,15 @@ else
     $B cat /tmp/micro
     echo "bed: FAILED micro-guests under nested KVM"
 fi
+if /bed/monitor --test-threads=1 > /tmp/monitor 2>&1; then
+    echo "bed: ok monitor processes under nested KVM: $($B grep '^test result' /tmp/monitor)"
+else
+    $B cat /tmp/monitor
+    echo "bed: FAILED monitor processes under nested KVM"
+fi
 /bed/bed
+# System calls for which a monitor was ended.
+$B dmesg | $B grep type=1326
 echo "bed: end"
 $B poweroff -f
 "#;
@@ -95,6 +113,7 @@ pub(super) fn build(repository: &Repository, dir: &Path, debian: &Debian) -> Res
     modules(&mut bed, debian, &HOST_MODULES)?;
     bed.copy("bed/bed", &programs.bed)?;
     bed.copy("bed/micro", &programs.micro)?;
+    bed.copy("bed/monitor", &programs.monitor)?;
     bed.copy("bed/vmlinuz", &debian.kernel)?;
     bed.file("bed/inner.cpio", &inner.finish()?)?;
     bed.copy("bed/root.ext4", &root)?;
@@ -123,6 +142,7 @@ fn modules(archive: &mut Archive, debian: &Debian, modules: &[&str]) -> Result<(
 struct Programs {
     bed: PathBuf,
     micro: PathBuf,
+    monitor: PathBuf,
 }
 
 /// Links the tests statically, for a system that has no libraries.
@@ -130,7 +150,7 @@ fn programs(repository: &Repository, dir: &Path) -> Result<Programs> {
     say("   building the machine tests, linked statically");
     let output = cargo(&repository.root)
         .args(["build", "--release", "--package", "insula-vmm"])
-        .args(["--example", "bed", "--test", "micro"])
+        .args(["--example", "bed", "--test", "micro", "--test", "monitor"])
         // Named, so that build scripts and procedural macros are not linked statically as well.
         .args(["--target", "x86_64-unknown-linux-gnu"])
         .arg("--target-dir")
@@ -156,6 +176,7 @@ fn programs(repository: &Repository, dir: &Path) -> Result<Programs> {
     Ok(Programs {
         bed: find("bed")?,
         micro: find("micro")?,
+        monitor: find("monitor")?,
     })
 }
 
@@ -164,10 +185,15 @@ fn root_disk(dir: &Path, debian: &Debian) -> Result<PathBuf> {
     let content = dir.join("root");
     let _ = fs::remove_dir_all(&content);
     let bin = content.join("bin");
-    for directory in [&bin, &content.join("dev")] {
+    let modules = content.join("modules");
+    for directory in [&bin, &modules, &content.join("dev")] {
         fs::create_dir_all(directory).with_context(|| directory.display().to_string())?;
     }
     fs::copy(&debian.busybox, bin.join("busybox")).context("copying busybox")?;
+    for module in ROOT_MODULES {
+        let to = modules.join(format!("{}.ko", name(module)));
+        fs::copy(debian.module(module), &to).with_context(|| to.display().to_string())?;
+    }
     let init = content.join("init");
     fs::write(&init, ROOT_INIT).with_context(|| init.display().to_string())?;
     executable(&init)?;

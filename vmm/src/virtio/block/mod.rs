@@ -277,6 +277,12 @@ impl VirtioDevice for Block {
         queues.drain(index, |memory, chain| self.serve(memory, chain))
     }
 
+    fn settle(&mut self) -> Result<(), DeviceError> {
+        let what = "flushing the disk";
+        let flushed = self.disk.flush();
+        flushed.map_err(|source| DeviceError::Host { what, source })
+    }
+
     fn reset(&mut self) {}
 }
 
