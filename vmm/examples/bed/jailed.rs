@@ -72,6 +72,7 @@ fn power_button(jailed: &Jailed, guest: &mut Remote) {
     guest.run("insmod /modules/evdev.ko; insmod /modules/button.ko; mdev -s; ls /dev/input");
     guest.run("grep PNP0C0C /proc/bus/input/devices");
     guest.run("(head -c 24 /dev/input/event0 > /tmp/key; sync; poweroff -f) & true");
+    guest.run("while ! ls -l /proc/[0-9]*/fd | grep -q event0; do sleep 0.1; done");
     jailed.order(&Request::PowerButton);
 }
 

@@ -114,7 +114,10 @@ pub(crate) fn restore(vcpu: &VcpuFd, state: &VcpuState) -> Result<(), KvmError> 
     vcpu.set_sregs(&state.sregs)
         .map_err(failed("KVM_SET_SREGS"))?;
     set_xsave(vcpu, &state.xsave)?;
-    vcpu.set_xcrs(&state.xcrs).map_err(failed("KVM_SET_XCRS"))?;
+    // A processor without XSAVE has none, and does not take none.
+    if state.xcrs.nr_xcrs != 0 {
+        vcpu.set_xcrs(&state.xcrs).map_err(failed("KVM_SET_XCRS"))?;
+    }
     vcpu.set_debug_regs(&state.debug)
         .map_err(failed("KVM_SET_DEBUGREGS"))?;
     vcpu.set_lapic(&state.lapic)
