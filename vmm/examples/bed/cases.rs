@@ -13,7 +13,7 @@ use crate::guest::{FILES, Guest, file};
 
 type Case = fn(&Hypervisor) -> String;
 
-pub(crate) const ALL: [(&str, Case); 6] = [
+pub(crate) const ALL: [(&str, Case); 8] = [
     (
         "an unmodified kernel, four vCPUs, devices, ext4 root, pause, reboot",
         first_boot,
@@ -32,6 +32,14 @@ pub(crate) const ALL: [(&str, Case); 6] = [
         devices,
     ),
     ("the same kernel as ELF, by its PVH entry", pvh_boot),
+    (
+        "a jailed monitor, its console, a host that dies, the power button",
+        crate::jailed::life,
+    ),
+    (
+        "saved, ended, and gone on as two clones side by side",
+        crate::jailed::clones,
+    ),
 ];
 
 /// Hash of a file that the guest writes, for the next boot.

@@ -20,7 +20,7 @@ use std::sync::mpsc::channel;
 use std::time::Duration;
 
 use insula_vmm::monitor::Client;
-use insula_vmm::monitor::description::MachineDescription;
+use insula_vmm::monitor::description::{MachineDescription, Origin};
 use insula_vmm::monitor::launch::{self, Orders, Walls};
 use insula_vmm::monitor::protocol::Request;
 use insula_vmm::monitor::wire::Outgoing;
@@ -267,8 +267,7 @@ impl Running {
             descriptors: 128,
             file_bytes: 1 << 30,
             threads: 32,
-            // The bed's root is the first file system, which cannot be left behind.
-            walls: Walls::Own,
+            walls: Walls::All,
         };
         let record = File::create(directory.join("record"))?;
         let log = File::create(directory.join("log"))?;
@@ -280,12 +279,14 @@ impl Running {
         let initrd = File::open("/bed/bench.cpio")?;
         let mut with = Outgoing::default();
         let machine = MachineDescription {
-            vcpus: 1,
-            memory_bytes: MEMORY_KIB << 10,
             kvm: with.add(kvm.as_fd()).map_err(io::Error::other)?,
-            kernel: with.add(kernel.as_fd()).map_err(io::Error::other)?,
-            initrd: Some(with.add(initrd.as_fd()).map_err(io::Error::other)?),
-            command_line: COMMAND_LINE.to_owned(),
+            origin: Origin::Boot {
+                vcpus: 1,
+                memory_bytes: MEMORY_KIB << 10,
+                kernel: with.add(kernel.as_fd()).map_err(io::Error::other)?,
+                initrd: Some(with.add(initrd.as_fd()).map_err(io::Error::other)?),
+                command_line: COMMAND_LINE.to_owned(),
+            },
             disks: Vec::new(),
         };
         let machine = Box::new(machine);

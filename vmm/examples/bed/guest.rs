@@ -21,7 +21,7 @@ use crate::console::{PATIENCE, Screen};
 
 /// Where the test bed puts its files.
 pub(crate) const FILES: &str = "/bed";
-const COMMAND_LINE: &str = "console=ttyS0 quiet panic=-1 pci=off";
+pub(crate) const COMMAND_LINE: &str = "console=ttyS0 quiet panic=-1 pci=off";
 pub(crate) const MEMORY: Bytes = Bytes::mib(192);
 
 pub(crate) fn file(name: &str) -> File {
@@ -101,14 +101,7 @@ impl Guest {
 
     /// Has init run a command; returns its status and output.
     pub(crate) fn try_run(&mut self, command: &str) -> (i32, String) {
-        let start = self.screen.len();
-        self.type_line(command);
-        self.screen.wait(start, command, |text| {
-            let (output, rest) = text.split_once("@done ")?;
-            let (status, _) = rest.split_once('\n')?;
-            let output = output.replace('\r', "").trim().to_owned();
-            Some((status.trim().parse().ok()?, output))
-        })
+        obey(&self.screen, &mut self.keyboard, command)
     }
 
     /// Types a line, and does not wait.
@@ -131,4 +124,17 @@ impl Guest {
             )
         })
     }
+}
+
+/// Has the init at a console run a command; returns its status and output.
+pub(crate) fn obey(screen: &Screen, keyboard: &mut UnixStream, command: &str) -> (i32, String) {
+    let start = screen.len();
+    let typed = keyboard.write_all(format!("{command}\n").as_bytes());
+    typed.expect("the console listens");
+    screen.wait(start, command, |text| {
+        let (output, rest) = text.split_once("@done ")?;
+        let (status, _) = rest.split_once('\n')?;
+        let output = output.replace('\r', "").trim().to_owned();
+        Some((status.trim().parse().ok()?, output))
+    })
 }

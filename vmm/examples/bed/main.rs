@@ -8,6 +8,7 @@ mod compare;
 mod console;
 mod devices;
 mod guest;
+mod jailed;
 mod sockets;
 
 use std::io::{self, Write};
@@ -28,7 +29,7 @@ fn main() -> ExitCode {
     match words.as_slice() {
         [] => cases(""),
         [word] => cases(word),
-        ["monitor", orders] => insula_vmm::monitor::run(orders),
+        [jailed::VERB, orders] => insula_vmm::monitor::run(orders),
         ["compare", rounds] => match compare::compare(rounds.parse().expect("a count")) {
             Ok(true) => ExitCode::SUCCESS,
             Ok(false) => ExitCode::FAILURE,

@@ -5,6 +5,7 @@ use std::sync::Arc;
 use super::config_space::ConfigSpace;
 use super::device::{DeviceError, DeviceKind, QueueSpec, VirtioDevice};
 use super::queue::Queues;
+use crate::entropy;
 
 /// What one request gets at most: the driver asks again for more. Linux asks for at most 64 bytes.
 const REQUEST_BYTES: u32 = 4096;
@@ -62,9 +63,9 @@ impl VirtioDevice for Rng {
 }
 
 fn fill(bytes: &mut [u8]) -> Result<(), DeviceError> {
-    getrandom::fill(bytes).map_err(|error| DeviceError::Host {
+    entropy::fill(bytes).map_err(|source| DeviceError::Host {
         what: "getting entropy",
-        source: error.into(),
+        source,
     })
 }
 

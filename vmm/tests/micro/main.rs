@@ -5,3 +5,4 @@ mod devices;
 mod guest;
 mod hostile;
 mod life;
+mod saved;

@@ -16,9 +16,16 @@ use super::vmlinux;
 use crate::repository::Repository;
 use crate::tools::in_path;
 
-/// Of the bed: KVM and the kernel's trace, then the comparison.
+/// Of the bed: a root that can be left again, as a jail does; KVM and the kernel's trace, then the comparison.
 const HOST_INIT: &str = r#"#!/bin/busybox sh
 B=/bin/busybox
+if [ "$1" != again ]; then
+    $B mkdir /new
+    $B mount -t tmpfs new /new
+    $B cp -a /init /bin /bed /modules /new
+    $B mkdir /new/proc /new/sys /new/dev /new/tmp
+    exec $B switch_root /new /init again
+fi
 $B mount -t proc proc /proc
 $B mount -t sysfs sysfs /sys
 $B mount -t tracefs tracefs /sys/kernel/tracing

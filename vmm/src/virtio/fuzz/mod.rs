@@ -53,7 +53,7 @@ fn fuzz(name: &str, target: impl Fn(&mut Random) -> Target) {
     let time = seconds.map_or(BRIEFLY, Duration::from_secs);
     let seed = number("INSULA_FUZZ_SEED").unwrap_or_else(|| {
         let mut seed = [0; 8];
-        getrandom::fill(&mut seed).expect("entropy");
+        crate::entropy::fill(&mut seed).expect("entropy");
         u64::from_le_bytes(seed)
     });
     let done = Arc::new(AtomicU64::new(0));
