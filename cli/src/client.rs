@@ -367,6 +367,26 @@ pub(crate) struct Stream {
 }
 
 impl Stream {
+    /// The next bytes; `None` when the host has sent all.
+    pub(crate) async fn chunk(&mut self) -> Result<Option<Bytes>, ClientError> {
+        loop {
+            match self.body.frame().await {
+                None => return Ok(None),
+                Some(Err(error)) => {
+                    return Err(ClientError::Broken {
+                        asked: self.asked.clone(),
+                        reason: format!("the stream broke off: {error}"),
+                    });
+                }
+                Some(Ok(frame)) => {
+                    if let Ok(data) = frame.into_data() {
+                        return Ok(Some(data));
+                    }
+                }
+            }
+        }
+    }
+
     /// The next line without its end; `None` when the host has said all. May be cancelled: what
     /// was read of a line is kept.
     pub(crate) async fn line(&mut self) -> Result<Option<String>, ClientError> {

@@ -8,12 +8,14 @@
 //! * [`client`], [`access`]: HTTP to a host, and where its token is found
 //! * [`up`], [`new`], [`project`], [`deploy`]: from source to an answer
 //! * [`resources`], [`logs`], [`top`]: looking and changing
+//! * [`backup`]: saving and restoring
 //! * [`doctor`]: what this machine has and lacks
 //! * [`output`]: tables, JSON, errors
 #![forbid(unsafe_code)]
 
 mod access;
 mod args;
+mod backup;
 mod client;
 mod config;
 mod deploy;
@@ -78,6 +80,7 @@ fn run(verb: Verb) -> Result<ExitCode> {
         Verb::Serve(args) => serve::run(args)?,
         Verb::New(args) => new::run(&args)?,
         Verb::Build(args) => project::run(&args)?,
+        Verb::Restore(args) => backup::restore(&args)?,
         Verb::Doctor(args) => return doctor::run(&args),
         Verb::CompileComponent(_) => return Ok(insula_host::engine::compile_child_main()),
         verb => block_on(speak(verb))?,
@@ -97,11 +100,13 @@ async fn speak(verb: Verb) -> Result<()> {
         Verb::Traffic(args) => resources::traffic(args).await,
         Verb::Usage(args) => resources::usage(args).await,
         Verb::Tokens(verb) => resources::tokens(verb).await,
+        Verb::Backup(args) => backup::backup(args).await,
         Verb::Logs(args) => logs::run(args).await,
         Verb::Top(args) => top::run(args).await,
         Verb::Serve(_)
         | Verb::New(_)
         | Verb::Build(_)
+        | Verb::Restore(_)
         | Verb::Doctor(_)
         | Verb::CompileComponent(_) => unreachable!("these speak to no host"),
     }

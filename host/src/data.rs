@@ -25,7 +25,7 @@ use std::time::{Duration, Instant};
 
 use insula_metrics::{DataMetrics, Kind};
 use insula_types::spec::{RequestLimits, Route, TenantSpec};
-use insula_types::{Digest, ServiceId, TenantId, TenantName};
+use insula_types::{Digest, ServiceId, TenantId, TenantName, VersionNumber};
 use tokio::sync::{mpsc, watch};
 
 use crate::engine::artefact::ArtefactKey;
@@ -34,11 +34,13 @@ use crate::ingress::Ingress;
 use crate::ingress::logs::{LogHub, ServiceLog};
 use crate::ingress::routes::RouteTable;
 use crate::messages::{
-    ActiveVersion, Collected, Command, FromData, Refusal, ServiceIntent, ToData,
+    Collected, Command, FromData, IntendedVersion, Refusal, ServiceIntent, ToData,
 };
 use crate::pool::Pool;
 use crate::pool::clock::process_cpu_ns;
-use crate::pool::entries::{Active, ServiceEntry, ServiceStats, TenantEntry};
+use crate::pool::conduct::VersionStats;
+use crate::pool::entries::{ServiceEntry, ServiceStats, TenantEntry};
+use crate::pool::versions::{Active, Versions};
 use crate::pool::worker::{self, Phase, WorkerError};
 
 /// What the data plane is started with.
@@ -302,7 +304,7 @@ impl Desk {
         let used: std::collections::HashSet<Digest> = self
             .services
             .values()
-            .filter_map(|service| service.entry.active.as_ref().map(|active| active.digest))
+            .flat_map(|service| service.entry.versions.ready().map(|version| version.digest))
             .collect();
         self.programs.retain(|digest, _| used.contains(digest));
     }
@@ -350,10 +352,20 @@ impl Desk {
     fn set_service(&mut self, intent: ServiceIntent) -> Result<(), Refusal> {
         let tenant = self.tenants.get(&intent.tenant);
         let tenant = Arc::clone(&tenant.ok_or(Refusal::UnknownTenant(intent.tenant))?.entry);
-        let active = match intent.active {
-            Some(version) => Some(self.activate(version)?),
-            None => None,
-        };
+        let mut ready = Vec::with_capacity(intent.versions.len());
+        for version in intent.versions {
+            let number = version.number;
+            let stats = self.conduct(intent.id, number);
+            match self.load(version, stats) {
+                Ok(version) => ready.push((number, version)),
+                // Nobody but its author, by its preview name, would have met it.
+                Err(refusal) if intent.traffic.share(number).unwrap_or(0) == 0 => {
+                    tracing::warn!(service = %intent.id, version = %number, %refusal, "no preview");
+                }
+                Err(refusal) => return Err(refusal),
+            }
+        }
+        let sticky = intent.spec.sticky_header.as_ref();
         let stats = match self.services.get(&intent.id) {
             Some(service) => Arc::clone(&service.entry.stats),
             None => {
@@ -369,7 +381,9 @@ impl Desk {
             limits: intent.spec.limits.min(self.config.ceiling),
             env: intent.spec.env.into_iter().collect(),
             usage_header: intent.spec.usage_header,
-            active,
+            versions: Versions::new(ready, &intent.traffic),
+            // A sticky header's name is a token by its type, which is all that this asks.
+            sticky_header: sticky.and_then(|name| name.as_str().parse().ok()),
             stats,
         };
         let service = Service {
@@ -380,7 +394,18 @@ impl Desk {
         Ok(())
     }
 
-    fn activate(&mut self, version: ActiveVersion) -> Result<Active, Refusal> {
+    /// The counters of a version: as before, when it was ready before.
+    fn conduct(&self, service: ServiceId, number: VersionNumber) -> Arc<VersionStats> {
+        let before = self.services.get(&service);
+        let before = before.and_then(|service| service.entry.versions.get(number));
+        before.map_or_else(Arc::default, |version| Arc::clone(&version.stats))
+    }
+
+    fn load(
+        &mut self,
+        version: IntendedVersion,
+        stats: Arc<VersionStats>,
+    ) -> Result<Active, Refusal> {
         let digest = version.digest;
         let program = match (self.programs.get(&digest), version.artefact) {
             (Some(program), _) => program.clone(),
@@ -403,6 +428,7 @@ impl Desk {
             number: version.number,
             digest,
             program,
+            stats,
         })
     }
 
@@ -419,11 +445,18 @@ impl Desk {
             }
         }
         self.metrics.raise_host_cpu_ns_to(self.pool.host_cpu_ns());
-        let services = self.services.values();
+        let mut usage = Vec::new();
+        let mut versions = Vec::new();
+        for service in self.services.values() {
+            // Who used nothing ended nothing.
+            if let Some(used) = service.entry.take_usage() {
+                usage.push(used);
+                versions.extend(service.entry.take_conduct());
+            }
+        }
         Collected {
-            usage: services
-                .filter_map(|service| service.entry.take_usage())
-                .collect(),
+            usage,
+            versions,
             metrics: self.metrics.expose(),
         }
     }

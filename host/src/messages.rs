@@ -22,7 +22,11 @@ use std::net::SocketAddr;
 use std::time::SystemTime;
 
 use insula_types::spec::{ServiceSpec, TenantSpec};
-use insula_types::{Digest, Outcome, ServiceId, ServiceName, TenantId, TenantName, VersionNumber};
+use insula_types::{
+    Digest, Outcome, ServiceId, ServiceName, TenantId, TenantName, Traffic, VersionNumber,
+};
+
+use crate::pool::conduct::Conduct;
 
 /// Commands that wait in the channel, at most.
 pub const COMMAND_QUEUE: usize = 64;
@@ -79,13 +83,17 @@ pub struct ServiceIntent {
     pub name: ServiceName,
     /// Limits, environment, routes.
     pub spec: ServiceSpec,
-    /// The version that serves; `None` before the first activation.
-    pub active: Option<ActiveVersion>,
+    /// Which versions serve, and how much.
+    pub traffic: Traffic,
+    /// Versions to keep ready: all that `traffic` lists, and some that answer under their preview
+    /// names only. The service is refused when one with a share cannot be loaded; others are left
+    /// out.
+    pub versions: Vec<IntendedVersion>,
 }
 
-/// A version that serves.
+/// A version to keep ready.
 #[derive(Debug)]
-pub struct ActiveVersion {
+pub struct IntendedVersion {
     /// Its number.
     pub number: VersionNumber,
     /// The digest of the uploaded component.
@@ -150,6 +158,8 @@ pub enum Refusal {
 pub struct Collected {
     /// One entry per service that did something.
     pub usage: Vec<UsageDelta>,
+    /// One entry per version that ended requests.
+    pub versions: Vec<VersionDelta>,
     /// The data plane's families, in the Prometheus text format.
     pub metrics: String,
 }
@@ -173,6 +183,17 @@ pub struct UsageDelta {
     pub bytes_in: u64,
     /// Response heads and bodies.
     pub bytes_out: u64,
+}
+
+/// How a version behaved since the last collection.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct VersionDelta {
+    /// The service.
+    pub service: ServiceId,
+    /// Which of its versions.
+    pub version: VersionNumber,
+    /// What was counted.
+    pub conduct: Conduct,
 }
 
 /// Where a log line came from.

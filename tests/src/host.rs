@@ -1,5 +1,6 @@
 //! The process under test.
 
+use std::ffi::OsString;
 use std::fs;
 use std::io::{BufRead, BufReader, Read};
 use std::net::SocketAddr;
@@ -34,6 +35,8 @@ const TICKS_PER_SECOND: f64 = 100.0;
 #[derive(Debug)]
 pub struct Plan {
     args: Vec<String>,
+    env: Vec<(String, OsString)>,
+    data: Option<PathBuf>,
     place: fn() -> Place,
 }
 
@@ -46,11 +49,25 @@ impl Plan {
         self
     }
 
+    /// One variable of its environment.
+    #[must_use]
+    pub fn env(mut self, name: &str, value: impl Into<OsString>) -> Self {
+        self.env.push((name.to_owned(), value.into()));
+        self
+    }
+
+    /// A data directory that there is already, instead of one of its own.
+    #[must_use]
+    pub fn data(mut self, data: impl Into<PathBuf>) -> Self {
+        self.data = Some(data.into());
+        self
+    }
+
     /// Starts it in a data directory of its own.
     #[must_use]
     pub fn start(self) -> TestHost {
         let place = (self.place)();
-        TestHost::launch(self.args, place)
+        TestHost::launch(self, place)
     }
 }
 
@@ -65,6 +82,7 @@ struct Shared {
     /// The data directory, and that of run files, by which the host can be found by its user.
     root: TempDir,
     args: Vec<String>,
+    env: Vec<(String, OsString)>,
     process: Mutex<Option<Process>>,
     /// What hosts of this directory that are gone have said.
     said: Mutex<String>,
@@ -94,9 +112,13 @@ impl TestHost {
     /// A host with flags of its own.
     #[must_use]
     pub fn plan() -> Plan {
-        let args = Vec::new();
-        let place = alone::shared;
-        Plan { args, place }.arg("--workers", 2)
+        let plan = Plan {
+            args: Vec::new(),
+            env: Vec::new(),
+            data: None,
+            place: alone::shared,
+        };
+        plan.arg("--workers", 2)
     }
 
     /// A host that runs beside no other test's, so that it can be measured. A test can have one.
@@ -109,17 +131,24 @@ impl TestHost {
         }
     }
 
-    fn launch(args: Vec<String>, place: Place) -> Self {
+    fn launch(plan: Plan, place: Place) -> Self {
+        let Plan {
+            args, env, data, ..
+        } = plan;
         let root = TempDir::with_prefix("insula-test-").expect("a temporary directory");
         fs::create_dir(root.path().join(RUN)).expect("a directory");
+        if let Some(data) = data {
+            std::os::unix::fs::symlink(data, root.path().join(DATA)).expect("a link");
+        }
         let shared = Shared {
             root,
             args,
+            env,
             process: Mutex::new(None),
             said: Mutex::default(),
             _place: place,
         };
-        let process = Process::start(shared.root.path(), &shared.args);
+        let process = Process::start(shared.root.path(), &shared.args, &shared.env);
         *lock(&shared.process) = Some(process);
         Self {
             shared: Arc::new(shared),
@@ -323,14 +352,35 @@ impl TestHost {
 
     /// Kills the host at once and starts another on the same data.
     pub fn crash_and_restart(&self) {
-        self.process(|process| process.signal(Signal::KILL));
-        let _ = self.ended();
+        self.kill();
         self.start_again();
     }
 
-    fn start_again(&self) {
-        let process = Process::start(self.shared.root.path(), &self.shared.args);
+    /// Kills the host at once.
+    pub fn kill(&self) {
+        self.process(|process| process.signal(Signal::KILL));
+        let _ = self.ended();
+    }
+
+    /// Starts a host that has ended again, on the same data.
+    pub fn start_again(&self) {
+        let process = Process::start(self.shared.root.path(), &self.shared.args, &self.shared.env);
         *lock(&self.shared.process) = Some(process);
+    }
+
+    /// Starts a host that has ended again, and kills it after some time, whatever it is at.
+    ///
+    /// # Panics
+    /// When it ended by itself before.
+    pub fn kill_while_it_starts(&self, after: Duration) {
+        let shared = &self.shared;
+        let (mut process, _stdout) = Process::spawn(shared.root.path(), &shared.args, &shared.env);
+        std::thread::sleep(after);
+        let ended = process.child.try_wait().expect("a child");
+        process.signal(Signal::KILL);
+        let _ = process.wait(END_WITHIN);
+        lock(&self.shared.said).push_str(&lock(&process.log));
+        assert!(ended.is_none(), "it ended by itself:\n{}", self.said());
     }
 
     /// Files in a folder of the data directory, and below it.
@@ -356,7 +406,20 @@ impl TestHost {
 }
 
 impl Process {
-    fn start(root: &Path, args: &[String]) -> Self {
+    /// Starts a host and waits until it says that it is ready.
+    fn start(root: &Path, args: &[String], env: &[(String, OsString)]) -> Self {
+        let (mut process, stdout) = Self::spawn(root, args, env);
+        match announced(stdout) {
+            Some((ingress, admin)) => (process.ingress, process.admin) = (ingress, admin),
+            None => {
+                let status = process.wait(START_WITHIN);
+                panic!("the host did not start ({status}):\n{}", lock(&process.log));
+            }
+        }
+        process
+    }
+
+    fn spawn(root: &Path, args: &[String], env: &[(String, OsString)]) -> (Self, ChildStdout) {
         let mut command = Command::new(guests::insula());
         command.arg("serve").arg("--data").arg(root.join(DATA));
         command.env("XDG_RUNTIME_DIR", root.join(RUN));
@@ -367,6 +430,7 @@ impl Process {
                 command.env_remove(name);
             }
         }
+        command.envs(env.iter().map(|(name, value)| (name, value)));
         let spawned = command
             .stdin(Stdio::null())
             .stdout(Stdio::piped())
@@ -378,21 +442,14 @@ impl Process {
         let sink = Arc::clone(&log);
         let stderr = std::thread::spawn(move || gather(stderr, &sink));
         let stdout = child.stdout.take().expect("a pipe");
-        let mut process = Self {
+        let process = Self {
             child,
             ingress: SocketAddr::from(([0; 4], 0)),
             admin: SocketAddr::from(([0; 4], 0)),
             stderr: Some(stderr),
             log,
         };
-        match announced(stdout) {
-            Some((ingress, admin)) => (process.ingress, process.admin) = (ingress, admin),
-            None => {
-                let status = process.wait(START_WITHIN);
-                panic!("the host did not start ({status}):\n{}", lock(&process.log));
-            }
-        }
-        process
+        (process, stdout)
     }
 
     fn signal(&self, signal: Signal) {

@@ -27,6 +27,7 @@
 
 pub mod admin;
 pub mod alone;
+pub mod fault;
 pub mod guests;
 pub mod host;
 pub mod http;

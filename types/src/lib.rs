@@ -8,6 +8,8 @@
 //! * [`name`]: names of tenants and services, digests, version numbers, internal ids
 //! * [`quantity`]: CPU, bytes, fuel and durations, in the notation of Kubernetes
 //! * [`spec`]: what a caller asks for (tenant and service specs), checked with all mistakes at once
+//! * [`rollback`]: when the host takes a new version back by itself
+//! * [`traffic`]: how a service's requests are divided among its versions
 //! * [`outcome`]: how a request can end, in the words that metrics, logs and problems share
 #![forbid(unsafe_code)]
 
@@ -15,7 +17,9 @@ pub mod machine;
 pub mod name;
 pub mod outcome;
 pub mod quantity;
+pub mod rollback;
 pub mod spec;
+pub mod traffic;
 
 pub use machine::MachineSpec;
 pub use name::{
@@ -24,4 +28,6 @@ pub use name::{
 };
 pub use outcome::Outcome;
 pub use quantity::{Bytes, Fuel, Millicores, Millis, Shares};
+pub use rollback::AutoRollback;
 pub use spec::{ServiceSpec, TenantSpec};
+pub use traffic::{StickyHeader, Traffic};

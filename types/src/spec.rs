@@ -11,6 +11,8 @@ use std::fmt;
 use serde::{Deserialize, Serialize};
 
 use crate::quantity::{Bytes, Fuel, Millicores, Millis, Shares};
+use crate::rollback::AutoRollback;
+use crate::traffic::StickyHeader;
 
 /// Everything that is wrong with a spec, each with the path of its field.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
@@ -400,6 +402,11 @@ pub struct ServiceSpec {
     pub routes: Vec<Route>,
     /// Whether answers carry `insula-usage`.
     pub usage_header: bool,
+    /// The header that decides which version a client gets while traffic is split; absent: each
+    /// request is decided by itself.
+    pub sticky_header: Option<StickyHeader>,
+    /// When a new version is taken back.
+    pub auto_rollback: AutoRollback,
 }
 
 #[derive(Deserialize, Default)]
@@ -423,6 +430,8 @@ struct RawServiceSpec {
     volumes: Vec<serde::de::IgnoredAny>,
     outbound: Vec<serde::de::IgnoredAny>,
     usage_header: bool,
+    sticky_header: Option<StickyHeader>,
+    auto_rollback: Option<AutoRollback>,
 }
 
 /// Most bytes of a service's environment, names and values together.
@@ -490,6 +499,8 @@ impl TryFrom<RawServiceSpec> for ServiceSpec {
             env: raw.env,
             routes: raw.routes,
             usage_header: raw.usage_header,
+            sticky_header: raw.sticky_header,
+            auto_rollback: raw.auto_rollback.unwrap_or_default(),
         })
     }
 }

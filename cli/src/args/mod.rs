@@ -14,7 +14,8 @@ pub(crate) use resources::{
     VersionsVerb,
 };
 pub(crate) use work::{
-    BuildArgs, CompileArgs, DeployArgs, DoctorArgs, NewArgs, ServeArgs, Template, UpArgs,
+    BackupArgs, BuildArgs, CompileArgs, DeployArgs, DoctorArgs, NewArgs, RestoreArgs, ServeArgs,
+    Template, UpArgs,
 };
 
 /// Many tenants' WebAssembly services on one machine, metered and limited.
@@ -64,6 +65,10 @@ pub(crate) enum Verb {
     /// Look at admin tokens, make them, delete them
     #[command(subcommand, visible_alias = "token")]
     Tokens(TokensVerb),
+    /// Save a running host's intent and components to a file
+    Backup(BackupArgs),
+    /// Make a data directory from a backup
+    Restore(RestoreArgs),
     /// Check this machine, and say how to mend what is missing
     Doctor(DoctorArgs),
     /// Compile one component from stdin to stdout, within limits; the host runs this as a child

@@ -95,7 +95,8 @@ pub(crate) struct RollbackArgs {
 pub(crate) struct TrafficArgs {
     #[arg(value_name = "TENANT/SERVICE")]
     pub(crate) service: ServiceRef,
-    /// A version and its share of the requests in percent, such as 3=100
+    /// A version and its share of the requests in percent, such as 3=90 4=10; 0 keeps one ready
+    /// under its preview name
     #[arg(required = true, value_name = "VERSION=PERCENT", value_parser = share)]
     pub(crate) shares: Vec<(u32, u8)>,
     #[command(flatten)]

@@ -7,7 +7,7 @@ use clap::builder::FalseyValueParser;
 use clap::{Args, ValueEnum};
 use insula_types::{ServiceName, TenantName};
 
-use super::{Format, Look};
+use super::{Connection, Format, Look};
 
 /// All values as they were typed: `config` reads them together with the file, so that every
 /// mistake is reported at once.
@@ -156,6 +156,25 @@ pub(crate) struct DeployArgs {
     pub(crate) dark: bool,
     #[command(flatten)]
     pub(crate) look: Look,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct BackupArgs {
+    /// The file to write, or a directory for a file named after the time
+    #[arg(value_name = "FILE|DIR")]
+    pub(crate) to: PathBuf,
+    #[command(flatten)]
+    pub(crate) connection: Connection,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct RestoreArgs {
+    /// What `insula backup` wrote
+    #[arg(value_name = "FILE")]
+    pub(crate) from: PathBuf,
+    /// The data directory to make; there is nothing in it yet
+    #[arg(long, env = "INSULA_DATA", value_name = "DIR")]
+    pub(crate) data: PathBuf,
 }
 
 #[derive(Debug, Args)]

@@ -51,6 +51,7 @@ pub(super) const SERVICE: &[Field] = &[
     Field::new("url", &["/url"], Kind::Plain),
     Field::new("active version", &["/active_version"], Kind::Plain),
     Field::new("previous version", &["/previous_version"], Kind::Plain),
+    Field::new("traffic", &["/traffic"], Kind::Plain),
     Field::new("memory limit", &["/limits/memory_bytes"], Kind::Bytes),
     Field::new("fuel limit", &["/limits/fuel"], Kind::Plain),
     Field::new("timeout", &["/limits/timeout_ms"], Kind::Millis),
@@ -68,6 +69,7 @@ pub(super) const SERVICE: &[Field] = &[
 pub(super) const VERSIONS: &[Field] = &[
     Field::new("VERSION", &["/version"], Kind::Plain),
     Field::new("ACTIVE", &["/active"], Kind::Plain),
+    Field::new("PERCENT", &["/percent"], Kind::Plain),
     Field::new("DIGEST", &["/digest"], Kind::Digest),
     Field::new("SIZE", &["/size_bytes"], Kind::Bytes),
     Field::new("COMPILED IN", &["/compile_ms"], Kind::Millis),

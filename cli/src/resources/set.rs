@@ -127,6 +127,10 @@ pub(crate) struct ServicePatch {
     /// Whether answers carry `insula-usage`
     #[arg(long)]
     usage_header: Option<bool>,
+    /// While traffic is split: requests with the same value of this header get the same version;
+    /// `none` decides each request by itself
+    #[arg(long, value_name = "HEADER")]
+    sticky_header: Option<String>,
 }
 
 fn variable(text: &str) -> Result<(String, String), String> {
@@ -168,6 +172,9 @@ impl ServicePatch {
         }
         if let Some(usage_header) = self.usage_header {
             spec["usage_header"] = json!(usage_header);
+        }
+        if let Some(header) = &self.sticky_header {
+            spec["sticky_header"] = text(header);
         }
         Ok(spec)
     }

@@ -11,6 +11,7 @@ use subtle::ConstantTimeEq;
 use tokio::time::Instant;
 
 use super::Control;
+use super::changes::Actor;
 use super::problem::{Code, Problem};
 use crate::state::{Access, NewToken, Scope, Store, StoreError, Timestamp, TokenHash};
 
@@ -38,6 +39,7 @@ pub(crate) enum Need {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Caller {
     pub(crate) token: u64,
+    pub(crate) name: String,
     pub(crate) scope: Scope,
     pub(crate) access: Access,
 }
@@ -116,12 +118,29 @@ pub(crate) async fn authenticate(
     match valid {
         Some(token) => Ok(Caller {
             token: token.id,
+            name: token.name,
             scope: token.scope,
             access: token.access,
         }),
         None => Err(control
             .failures
             .failed("the token is not valid, or no longer")),
+    }
+}
+
+/// How often an answer that goes on looks whether its token is still valid.
+const RECHECK: std::time::Duration = std::time::Duration::from_millis(500);
+
+/// Waits until a token is deleted or expires.
+pub(crate) async fn until_invalid(control: &Control, token: u64) {
+    loop {
+        tokio::time::sleep(RECHECK).await;
+        let now = Timestamp::now();
+        let valid = control.store(move |store| store.token_is_valid(token, now));
+        // A store that cannot be read says nothing about the token.
+        if matches!(valid.await, Ok(false)) {
+            return;
+        }
     }
 }
 
@@ -221,7 +240,12 @@ pub(crate) fn ensure_admin_token(
         access: Access::Write,
         expires: None,
     };
-    store.add_token(&token, now)?;
+    store.in_one(|store| {
+        let token = store.add_token(&token, now)?;
+        let after = super::documents::token(&token);
+        let audit = Actor::host("makeAdminToken").token(token.id, None, None, Some(after));
+        store.audit(&audit, now)
+    })?;
     tracing::info!(file = ADMIN_TOKEN, "made an administrator's token");
     Ok(())
 }
@@ -255,6 +279,7 @@ mod tests {
     fn scopes() {
         let caller = |scope, access| Caller {
             token: 1,
+            name: "t".to_owned(),
             scope,
             access,
         };

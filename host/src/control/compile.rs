@@ -88,7 +88,8 @@ impl From<CompileError> for Problem {
             CompileError::Refused { code, detail } => Self::new(code, detail),
             CompileError::Limit(detail) => Self::new(Code::CompileLimit, detail),
             CompileError::Stopping => Self::new(Code::Stopping, error),
-            CompileError::Failed { .. } | CompileError::Io(_) => {
+            CompileError::Io(error) => error.into(),
+            CompileError::Failed { .. } => {
                 tracing::error!(%error, "a compilation failed");
                 Self::new(Code::CompileFailed, "the host's log says why")
             }

@@ -13,17 +13,23 @@
 
 use std::rc::Rc;
 
-use insula_types::{Digest, ServiceId, TenantId, VersionNumber};
+use http::StatusCode;
+use insula_types::{Digest, ServiceId, TenantId, Traffic, VersionNumber};
+
+use serde_json::{Value, json};
 
 use super::Control;
+use super::changes::{Actor, Remember};
 use super::compile::{CompileJob, Compiled, Ticket};
+use super::documents::{self, Urls};
 use super::http_types::{Call, next_chunk, too_large};
 use super::link::LinkError;
 use super::problem::{Code, Problem};
+use super::trials::Verdict;
 use crate::config::COMPONENT_MAX;
-use crate::messages::{ActiveVersion, Refusal, ServiceIntent, ToData};
+use crate::messages::{IntendedVersion, LogRecord, LogSource, Refusal, ServiceIntent, ToData};
 use crate::state::blobs::{Kind, Unplaced};
-use crate::state::{Active, AddedVersion, NewVersion, Service, Timestamp, Worker};
+use crate::state::{Audit, Held, NewVersion, Service, Worker};
 
 /// Longest time for a whole upload: 64 MiB at 1 Mbit/s.
 const UPLOAD_TOTAL: std::time::Duration = std::time::Duration::from_secs(600);
@@ -118,20 +124,28 @@ async fn compile(
         .await
 }
 
-/// A version that was committed, and whether it serves.
+/// What is to become of a prepared component.
 #[derive(Debug)]
-pub(crate) struct Deployed {
-    pub(crate) added: AddedVersion,
-    pub(crate) active: bool,
+pub(crate) struct Commit {
+    pub(crate) actor: Actor,
+    pub(crate) service: ServiceId,
+    pub(crate) activate: bool,
+    pub(crate) remember: Option<Remember>,
 }
 
 /// Puts a prepared component in its place, commits it as a new version and lets it serve.
+/// Answers the document that tells of it.
 pub(crate) async fn commit(
     control: &Control,
-    service: ServiceId,
+    commit: Commit,
     prepared: Prepared,
-    activate: bool,
-) -> Result<Deployed, Problem> {
+) -> Result<Value, Problem> {
+    let Commit {
+        actor,
+        service,
+        activate,
+        remember,
+    } = commit;
     let Prepared {
         digest,
         size_bytes,
@@ -159,9 +173,17 @@ pub(crate) async fn commit(
         size: insula_types::Bytes::new(size_bytes).map_err(|error| Problem::internal(&error))?,
         compile_ms,
     };
-    let now = Timestamp::now();
-    let added = control.store(move |store| store.add_version(service, &upload, activate, now));
-    let added = match added.await {
+    let urls = Urls::new(control);
+    let added = control.change(move |store, now| {
+        let added = store.add_version(service, &upload, activate, now)?;
+        let document = documents::deployed(&urls, &added, activate);
+        if let Some(remember) = remember {
+            remember.answer(store, StatusCode::CREATED, &document, now)?;
+        }
+        let audit = actor.service(&added.service, None, Some(document.clone()));
+        Ok(((added, document), Some(audit)))
+    });
+    let (added, document) = match added.await {
         Ok(added) => added,
         Err(problem) => {
             // The service was deleted meanwhile: its files may have no other user.
@@ -175,69 +197,150 @@ pub(crate) async fn commit(
         .events
         .service("version.created", &added.service, Some(number));
     if activate {
-        bring_into_effect(control, &added.before, &added.service).await?;
+        bring_into_effect(control, &added.before, &added.service, remember).await?;
         control
             .events
             .service("version.activated", &added.service, Some(number));
+    } else if let Err(error) = apply_service(control, &added.service).await {
+        // It is stored, and nothing that serves has changed: only its preview is missing.
+        tracing::warn!(service = %service, %error, "a version has no preview");
     }
-    Ok(Deployed {
-        added,
-        active: activate,
-    })
+    Ok(document)
 }
 
-/// Makes another version of a service the active one.
-pub(crate) async fn activate(
+/// Divides a service's traffic among its versions.
+pub(crate) async fn switch(
     control: &Rc<Control>,
     service: &Service,
-    number: VersionNumber,
+    traffic: Traffic,
+    actor: Actor,
+    remember: Option<Remember>,
 ) -> Result<Service, Problem> {
     let id = service.id;
-    let version = control
-        .store(move |store| store.version(id, number))
-        .await?;
-    ensure_artefact(control, service.tenant, version.digest).await?;
+    for (number, _) in traffic.shares() {
+        let found = control.store(move |store| store.version(id, number)).await;
+        let version = found.map_err(|problem| unknown_version(problem, number))?;
+        ensure_artefact(control, service.tenant, version.digest).await?;
+    }
     let _mutation = control.mutation.lock().await;
-    let (tenant, name) = (service.tenant_name.clone(), service.name.clone());
-    let changed = control.store(move |store| {
-        let before = store.service(&tenant, &name)?;
-        let old = before.active.map(|active| active.number);
-        if old == Some(number) {
-            return Ok((before.clone(), before));
-        }
-        let after = store.set_active(before.id, Some(number), old)?;
-        Ok((before, after))
-    });
-    let (before, after) = changed.await?;
-    bring_into_effect(control, &before, &after).await?;
+    let urls = Urls::new(control);
+    let switched = control
+        .change(move |store, now| {
+            let switched = store.set_traffic(id, &traffic)?;
+            if let Some(remember) = remember {
+                let document = documents::service(&urls, &switched.service);
+                remember.answer(store, StatusCode::OK, &document, now)?;
+            }
+            let audit = traffic_audit(&actor, &switched.before, &switched.service);
+            Ok((switched, Some(audit)))
+        })
+        .await?;
+    bring_into_effect(control, &switched.before, &switched.service, remember).await?;
+    let after = switched.service;
+    let kind = match after.traffic.settled() {
+        Some(_) => "version.activated",
+        None => "traffic.split",
+    };
     control
         .events
-        .service("version.activated", &after, Some(number));
+        .service(kind, &after, after.traffic.leading());
     Ok(after)
 }
 
-/// Tells data about a service whose active version changed; takes the change back when data
+fn traffic_audit(actor: &Actor, before: &Service, after: &Service) -> Audit {
+    let shares = |service: &Service| json!({"traffic": service.traffic});
+    actor.service(after, Some(shares(before)), Some(shares(after)))
+}
+
+/// Goes back to a version's predecessor because it lost its trial, unless somebody changed the
+/// traffic meanwhile.
+pub(crate) async fn take_back(control: &Rc<Control>, verdict: &Verdict) -> Result<(), Problem> {
+    let (id, candidate) = (verdict.service, verdict.candidate);
+    let service = control.store(move |store| store.service_by_id(id)).await?;
+    let number = verdict.predecessor;
+    let found = control
+        .store(move |store| store.version(id, number))
+        .await?;
+    ensure_artefact(control, service.tenant, found.digest).await?;
+    let _mutation = control.mutation.lock().await;
+    let service = control.store(move |store| store.service_by_id(id)).await?;
+    let serves = service.traffic.share(candidate).unwrap_or(0) > 0;
+    if !serves || service.previous != Some(number) {
+        return Ok(());
+    }
+    let traffic = Traffic::whole(number);
+    let because = verdict.reason.clone();
+    let switched = control
+        .change(move |store, _| {
+            let switched = store.set_traffic(id, &traffic)?;
+            let actor = Actor::host("automaticRollback");
+            let mut audit = traffic_audit(&actor, &switched.before, &switched.service);
+            if let Some(after) = &mut audit.after {
+                after["reason"] = because.into();
+            }
+            Ok((switched, Some(audit)))
+        })
+        .await?;
+    bring_into_effect(control, &switched.before, &switched.service, None).await?;
+    let (service, reason) = (&switched.service, verdict.reason.as_str());
+    tracing::warn!(service = %id, %candidate, predecessor = %number, reason, "rolled back");
+    control
+        .events
+        .service_because("version.rolled_back", service, Some(number), reason);
+    control.logs.borrow().take(&[LogRecord {
+        service: id,
+        version: candidate,
+        time: std::time::SystemTime::now(),
+        request_id: String::new(),
+        source: LogSource::Host,
+        text: format!("rolled back to version {number}: {reason}"),
+        dropped: 0,
+    }]);
+    Ok(())
+}
+
+/// A version in a document that is not there is a mistake in the document.
+fn unknown_version(problem: Problem, number: VersionNumber) -> Problem {
+    match problem.code() {
+        Code::NotFound => Problem::new(
+            Code::UnknownVersion,
+            format_args!("there is no version {number}"),
+        ),
+        _ => problem,
+    }
+}
+
+/// Tells data about a service whose traffic changed; takes the change back when data
 /// refuses it. The mutation lock is held.
 async fn bring_into_effect(
     control: &Control,
     before: &Service,
     service: &Service,
+    remembered: Option<Remember>,
 ) -> Result<(), Problem> {
     let Err(error) = apply_service(control, service).await else {
+        let mut trials = control.trials.borrow_mut();
+        trials.switched(before, service, control.uptime());
         return Ok(());
     };
     let ApplyError::Link(LinkError::Refused(refusal)) = error else {
         return Err(error.into());
     };
     tracing::error!(service = %service.id, %refusal, "data refused a version");
-    let (id, previous) = (service.id, before.previous);
-    let active = before.active.map(|active| active.number);
+    let (before, after) = (before.clone(), service.clone());
     control
-        .store(move |store| store.set_active(id, active, previous))
+        .change(move |store, _| {
+            let restored = store.restore_traffic(&before)?;
+            if let Some(remembered) = remembered {
+                store.forget(&remembered.key)?;
+            }
+            let audit = traffic_audit(&Actor::host("takeActivationBack"), &after, &restored);
+            Ok(((), Some(audit)))
+        })
         .await?;
     Err(Problem::new(
         Code::NotActivated,
-        format_args!("the version that served before still does: {refusal}"),
+        format_args!("what served before still does: {refusal}"),
     ))
 }
 
@@ -259,34 +362,42 @@ impl From<ApplyError> for Problem {
     }
 }
 
-/// Tells data about a service, with its artefact.
+/// Tells data about a service, with the artefacts of the versions that it keeps ready. An artefact
+/// that is missing matters where its version has a share.
 pub(crate) async fn apply_service(control: &Control, service: &Service) -> Result<(), ApplyError> {
-    let active = match service.active {
-        None => None,
-        Some(Active { number, digest }) => {
-            let found = control
-                .files
-                .run(move |files| files.find(Kind::Artefact, &digest))
-                .await;
-            let artefact = found
-                .map_err(|error| ApplyError::Files(error.into()))?
-                .map_err(|error| ApplyError::Files(error.into()))?;
-            if artefact.is_none() {
+    let held = service.held.clone();
+    let opened = control.files.run(move |files| {
+        let open = |held: &Held| files.find(Kind::Artefact, &held.digest);
+        held.iter()
+            .map(|held| open(held).map(|artefact| (*held, artefact)))
+            .collect::<std::io::Result<Vec<_>>>()
+    });
+    let opened = opened
+        .await
+        .map_err(|error| ApplyError::Files(error.into()))?
+        .map_err(|error| ApplyError::Files(error.into()))?;
+    let mut versions = Vec::with_capacity(opened.len());
+    for (Held { number, digest }, artefact) in opened {
+        let serves = service.traffic.share(number).unwrap_or(0) > 0;
+        match artefact {
+            None if serves => {
                 return Err(LinkError::Refused(Refusal::ArtefactMissing(digest)).into());
             }
-            Some(ActiveVersion {
+            None => {}
+            artefact => versions.push(IntendedVersion {
                 number,
                 digest,
                 artefact,
-            })
+            }),
         }
-    };
+    }
     let intent = ServiceIntent {
         id: service.id,
         tenant: service.tenant,
         name: service.name.clone(),
         spec: service.spec.clone(),
-        active,
+        traffic: service.traffic.clone(),
+        versions,
     };
     Ok(control
         .link

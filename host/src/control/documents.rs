@@ -1,10 +1,10 @@
 //! Records as the API shows them: the canonical spec, flat, and what only the host knows.
 
-use insula_types::Outcome;
+use insula_types::{Outcome, VersionNumber};
 use serde_json::{Map, Value, json};
 
 use super::Control;
-use crate::state::{Access, Scope, Service, Tenant, Token, UsageTotals, Version};
+use crate::state::{Access, AddedVersion, Scope, Service, Tenant, Token, UsageTotals, Version};
 
 /// Fields of a tenant that the host adds; a document that was read may be put with them.
 pub(super) const TENANT_READ_ONLY: &[&str] = &["generation", "created_at"];
@@ -16,6 +16,7 @@ pub(super) const SERVICE_READ_ONLY: &[&str] = &[
     "url",
     "active_version",
     "previous_version",
+    "traffic",
 ];
 
 fn with_spec(head: Value, spec: &impl serde::Serialize, tail: Value) -> Value {
@@ -36,33 +37,89 @@ pub(super) fn tenant(tenant: &Tenant) -> Value {
     )
 }
 
-pub(super) fn service(control: &Control, service: &Service) -> Value {
+pub(super) fn service(urls: &Urls, service: &Service) -> Value {
+    let mut document = service_record(service);
+    document["url"] = urls.of(service, None).into();
+    document
+}
+
+/// A service without what only the host as it runs now knows.
+pub(super) fn service_record(service: &Service) -> Value {
     with_spec(
         json!({"name": service.name, "tenant": service.tenant_name}),
         &service.spec,
         json!({
-            "url": url(control, service),
-            "active_version": service.active.map(|active| active.number),
+            "active_version": service.traffic.leading(),
             "previous_version": service.previous,
+            "traffic": service.traffic,
             "generation": service.generation,
             "created_at": service.created,
         }),
     )
 }
 
-/// Where a service answers.
-pub(super) fn url(control: &Control, service: &Service) -> String {
-    let host = format!(
-        "{}.{}.{}",
-        service.name, service.tenant_name, control.config.domain
-    );
-    match control.ingress.get().map(|ingress| ingress.port()) {
-        None | Some(80) => format!("http://{host}/"),
-        Some(port) => format!("http://{host}:{port}/"),
+/// What stands in the audit log for the value of a variable.
+const WITHHELD: &str = "(withheld)";
+
+/// A document as it may be kept for good: variables of an environment keep their names and lose
+/// their values, which are passwords as often as not.
+pub(super) fn without_secrets(mut document: Value) -> Value {
+    if let Some(Value::Object(env)) = document.get_mut("env") {
+        for value in env.values_mut() {
+            *value = WITHHELD.into();
+        }
+    }
+    document
+}
+
+/// Makes the addresses of services.
+#[derive(Debug, Clone)]
+pub(super) struct Urls {
+    scheme: &'static str,
+    domain: String,
+    port: Option<u16>,
+}
+
+impl Urls {
+    pub(super) fn new(control: &Control) -> Self {
+        Self {
+            scheme: "http",
+            domain: control.config.domain.clone(),
+            port: control.ingress.get().map(|ingress| ingress.port()),
+        }
+    }
+
+    /// Where a service answers, or one version of it.
+    pub(super) fn of(&self, service: &Service, preview: Option<VersionNumber>) -> String {
+        let prefix = preview.map_or_else(String::new, |number| format!("v{number}."));
+        let (name, tenant, domain) = (&service.name, &service.tenant_name, &self.domain);
+        let host = format!("{prefix}{name}.{tenant}.{domain}");
+        match (self.scheme, self.port) {
+            (scheme, None) | (scheme @ "http", Some(80)) | (scheme @ "https", Some(443)) => {
+                format!("{scheme}://{host}/")
+            }
+            (scheme, Some(port)) => format!("{scheme}://{host}:{port}/"),
+        }
     }
 }
 
-pub(super) fn version(service: &Service, version: &Version) -> Value {
+/// What an upload answers.
+pub(super) fn deployed(urls: &Urls, added: &AddedVersion, active: bool) -> Value {
+    let version = &added.version;
+    json!({
+        "version": version.number,
+        "digest": version.digest,
+        "size_bytes": version.size,
+        "compile_ms": version.compile_ms,
+        "active": active,
+        "url": urls.of(&added.service, None),
+        "preview_url": urls.of(&added.service, Some(version.number)),
+    })
+}
+
+pub(super) fn version(urls: &Urls, service: &Service, version: &Version) -> Value {
+    let percent = service.traffic.share(version.number).unwrap_or(0);
+    let ready = service.held(version.number).is_some();
     json!({
         "name": version.number.to_string(),
         "version": version.number,
@@ -70,7 +127,9 @@ pub(super) fn version(service: &Service, version: &Version) -> Value {
         "size_bytes": version.size,
         "compile_ms": version.compile_ms,
         "created_at": version.created,
-        "active": service.active.is_some_and(|active| active.number == version.number),
+        "active": percent > 0,
+        "percent": percent,
+        "preview_url": ready.then(|| urls.of(service, Some(version.number))),
     })
 }
 

@@ -21,6 +21,8 @@ pub(crate) struct Event {
     pub(crate) tenant: Option<(TenantId, TenantName)>,
     pub(crate) service: Option<ServiceName>,
     pub(crate) version: Option<VersionNumber>,
+    /// Why, where it was the host that did it.
+    pub(crate) reason: Option<String>,
 }
 
 impl Event {
@@ -44,6 +46,9 @@ impl Event {
         }
         if let Some(version) = self.version {
             data["version"] = version.get().into();
+        }
+        if let Some(reason) = &self.reason {
+            data["reason"] = reason.as_str().into();
         }
         format!("id: {}\nevent: {}\ndata: {data}\n\n", self.id, self.kind)
     }
@@ -76,6 +81,15 @@ impl Events {
     }
 
     pub(crate) fn host(&self, kind: &'static str) {
+        self.of_host(kind, None);
+    }
+
+    /// Something happened to the host.
+    pub(crate) fn host_because(&self, kind: &'static str, reason: &str) {
+        self.of_host(kind, Some(reason.to_owned()));
+    }
+
+    fn of_host(&self, kind: &'static str, reason: Option<String>) {
         let time = Timestamp::now();
         self.send(Event {
             id: 0,
@@ -84,6 +98,7 @@ impl Events {
             tenant: None,
             service: None,
             version: None,
+            reason,
         });
     }
 
@@ -97,6 +112,7 @@ impl Events {
             tenant,
             service: None,
             version: None,
+            reason: None,
         });
     }
 
@@ -106,6 +122,27 @@ impl Events {
         service: &Service,
         version: Option<VersionNumber>,
     ) {
+        self.about(kind, service, version, None);
+    }
+
+    /// The host itself changed something of a service.
+    pub(crate) fn service_because(
+        &self,
+        kind: &'static str,
+        service: &Service,
+        version: Option<VersionNumber>,
+        reason: &str,
+    ) {
+        self.about(kind, service, version, Some(reason.to_owned()));
+    }
+
+    fn about(
+        &self,
+        kind: &'static str,
+        service: &Service,
+        version: Option<VersionNumber>,
+        reason: Option<String>,
+    ) {
         self.send(Event {
             id: 0,
             time: Timestamp::now(),
@@ -113,6 +150,7 @@ impl Events {
             tenant: Some((service.tenant, service.tenant_name.clone())),
             service: Some(service.name.clone()),
             version,
+            reason,
         });
     }
 }

@@ -1,6 +1,6 @@
 //! A request and its answer, as handlers see them.
 
-use std::convert::Infallible;
+use std::net::SocketAddr;
 use std::pin::Pin;
 use std::time::Duration;
 
@@ -14,6 +14,7 @@ use insula_types::{ServiceName, TenantName};
 use serde_json::{Map, Value};
 
 use super::auth::Caller;
+use super::changes::Actor;
 use super::problem::{Code, Problem};
 use crate::state::{Page, Precondition};
 
@@ -28,10 +29,10 @@ const PAGE_DEFAULT: u32 = 100;
 pub(crate) const PAGE_MAX: u32 = 500;
 
 /// The body of an answer. Never leaves the control thread.
-pub(crate) type Body = Pin<Box<dyn http_body::Body<Data = Bytes, Error = Infallible>>>;
+pub(crate) type Body = Pin<Box<dyn http_body::Body<Data = Bytes, Error = std::io::Error>>>;
 
 pub(crate) fn full(content: impl Into<Bytes>) -> Body {
-    Box::pin(Full::new(content.into()))
+    Box::pin(Full::new(content.into()).map_err(|never| match never {}))
 }
 
 /// An answer.
@@ -80,7 +81,16 @@ impl Reply {
         content_type: &'static str,
         chunks: impl Stream<Item = Bytes> + 'static,
     ) -> Self {
-        let frames = futures::StreamExt::map(chunks, |chunk| Ok(Frame::data(chunk)));
+        Self::try_stream(content_type, futures::StreamExt::map(chunks, Ok))
+    }
+
+    /// A stream that can fail; the connection breaks off then, so that nobody takes a part for
+    /// the whole.
+    pub(crate) fn try_stream(
+        content_type: &'static str,
+        chunks: impl Stream<Item = std::io::Result<Bytes>> + 'static,
+    ) -> Self {
+        let frames = futures::StreamExt::map(chunks, |chunk| chunk.map(Frame::data));
         let body = Box::pin(StreamBody::new(frames));
         Self::with_type(StatusCode::OK, content_type, body)
     }
@@ -109,6 +119,9 @@ pub(crate) struct Params {
 #[derive(Debug)]
 pub(crate) struct Call {
     pub(crate) caller: Option<Caller>,
+    pub(crate) peer: SocketAddr,
+    /// The operation's name in the API's description.
+    pub(crate) operation: &'static str,
     pub(crate) method: Method,
     pub(crate) path: String,
     pub(crate) query: Vec<(String, String)>,
@@ -138,6 +151,18 @@ impl Call {
     pub(crate) fn caller(&self) -> Result<&Caller, Problem> {
         let missing = || Problem::new(Code::Unauthorized, "a token is needed");
         self.caller.as_ref().ok_or_else(missing)
+    }
+
+    /// Who makes the change that this call asks for.
+    pub(crate) fn actor(&self) -> Result<Actor, Problem> {
+        let caller = self.caller()?;
+        let peer = self.peer.to_string();
+        Ok(Actor::caller(
+            caller.token,
+            &caller.name,
+            peer,
+            self.operation,
+        ))
     }
 
     pub(crate) fn parameter(&self, name: &str) -> Option<&str> {

@@ -1,8 +1,8 @@
 //! `Idempotency-Key`: a POST that is repeated with the same key and the same body is answered as
 //! before, for a day, instead of done again.
 //!
-//! The answer is remembered after the work is durable; a crash between the two makes a repetition
-//! do the work again (an upload then gets a second version number, of the same content).
+//! The answer is stored in the transaction of the change itself: after a crash there are both or
+//! neither.
 
 use std::cell::RefCell;
 use std::collections::HashSet;
@@ -10,12 +10,12 @@ use std::rc::Rc;
 
 use http::StatusCode;
 use http::header::HeaderName;
-use serde_json::Value;
 
 use super::Control;
+use super::changes::Remember;
 use super::http_types::{Call, Reply};
 use super::problem::{Code, Problem};
-use crate::state::{Remembered, Timestamp};
+use crate::state::Timestamp;
 
 /// Longest key.
 const KEY_MAX_BYTES: usize = 255;
@@ -83,23 +83,11 @@ impl Keyed {
         }
     }
 
-    /// Remembers an answer. Failing to is logged: the work is done.
-    pub(crate) async fn remember(self, body: [u8; 32], status: StatusCode, answer: &Value) {
-        let answer = Remembered {
+    /// For the change that the request asks for: its answer is stored in the same transaction.
+    pub(crate) const fn remember(&self, body: [u8; 32]) -> Remember {
+        Remember {
             key: self.key,
             body,
-            status: status.as_u16(),
-            answer: answer.to_string(),
-        };
-        let stored = self
-            .control
-            .store(move |store| store.remember(&answer, Timestamp::now()))
-            .await;
-        if let Err(problem) = stored {
-            tracing::warn!(
-                problem = problem.detail(),
-                "an answer could not be remembered"
-            );
         }
     }
 }

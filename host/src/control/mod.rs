@@ -29,10 +29,11 @@ use sha2::Digest as _;
 use tokio::sync::{Mutex, Semaphore, watch};
 use tokio::task::JoinSet;
 
-use crate::state::{Blobs, Store, StoreError, Timestamp, Worker};
+use crate::state::{Blobs, Health, Store, StoreError, Timestamp, Worker};
 
 mod api;
 mod auth;
+mod changes;
 mod compile;
 mod deploy;
 mod documents;
@@ -52,6 +53,7 @@ mod server;
 mod start;
 #[cfg(test)]
 mod tests;
+mod trials;
 
 pub use auth::AdminTokenError;
 pub use compile::{Compiler, Seal};
@@ -84,12 +86,16 @@ pub(crate) struct Control {
     pub(crate) ingress: Cell<Option<SocketAddr>>,
     pub(crate) admin: SocketAddr,
     pub(crate) started: Timestamp,
+    started_at: tokio::time::Instant,
     pub(crate) machine: machine::Machine,
     store: Worker<Box<dyn Store>>,
     pub(crate) files: Worker<Blobs>,
+    /// Whether the state still takes changes.
+    pub(crate) health: Health,
     pub(crate) compilers: Rc<compile::Compilers>,
     pub(crate) link: link::DataLink,
     pub(crate) ledger: RefCell<ledger::Ledger>,
+    pub(crate) trials: RefCell<trials::Trials>,
     pub(crate) logs: RefCell<logs::Logs>,
     pub(crate) events: events::Events,
     pub(crate) failures: auth::FailureLimit,
@@ -100,6 +106,8 @@ pub(crate) struct Control {
     pub(crate) streams: Semaphore,
     /// Becomes true when streams have to end.
     pub(crate) stopping: watch::Sender<bool>,
+    /// Whether a backup is being read: no file is removed meanwhile.
+    pub(crate) backup_runs: Cell<bool>,
     tasks: RefCell<JoinSet<()>>,
 }
 
@@ -112,12 +120,26 @@ impl std::fmt::Debug for Control {
 }
 
 impl Control {
+    /// Time since the start, for what only compares.
+    pub(crate) fn uptime(&self) -> std::time::Duration {
+        self.started_at.elapsed()
+    }
+
     /// Runs a job on the state thread.
     pub(crate) async fn store<T: Send + 'static>(
         &self,
         job: impl FnOnce(&mut dyn Store) -> Result<T, StoreError> + Send + 'static,
     ) -> Result<T, Problem> {
-        Ok(self.store.run(move |store| job(store.as_mut())).await??)
+        let health = self.health.clone();
+        let answer = self.store.run(move |store| {
+            let answer = job(store.as_mut());
+            // Before the next job: it must not write any more.
+            if let Err(StoreError::Disk(reason)) = &answer {
+                health.stop(reason);
+            }
+            answer
+        });
+        Ok(answer.await??)
     }
 
     /// Starts a task that goes on when its starter goes away, and that the shutdown waits for.
@@ -142,7 +164,7 @@ impl Control {
     /// Removes files that no version refers to. The mutation lock is held. What cannot be removed
     /// now is at the next start.
     pub(crate) async fn remove_files(&self, digests: Vec<Digest>) {
-        if digests.is_empty() {
+        if digests.is_empty() || self.backup_runs.get() {
             return;
         }
         let removed = self
@@ -152,6 +174,20 @@ impl Control {
             Ok(Ok(())) => {}
             Ok(Err(error)) => tracing::warn!(%error, "unused files were not removed"),
             Err(error) => tracing::warn!(%error, "unused files were not removed"),
+        }
+    }
+
+    /// Removes what nothing refers to.
+    pub(crate) async fn collect_garbage(&self) {
+        let _mutation = self.mutation.lock().await;
+        let Ok(referenced) = self.digests().await else {
+            return;
+        };
+        let collected = self
+            .files
+            .run(move |files| files.collect_garbage(&referenced));
+        if let Ok(Err(error)) = collected.await {
+            tracing::warn!(%error, "unused files were not removed");
         }
     }
 

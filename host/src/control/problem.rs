@@ -11,8 +11,9 @@ use http::{Response, StatusCode};
 
 use super::http_types::{Body, Reply, full};
 use super::link::LinkError;
-use crate::state::StoreError;
+use crate::state::health::is_full;
 use crate::state::worker::WorkerGone;
+use crate::state::{Stopped, StoreError};
 
 macro_rules! codes {
     ($($(#[$doc:meta])* $name:ident = $status:literal $code:literal $title:literal;)*) => {
@@ -79,9 +80,11 @@ codes! {
     NotActivated = 500 "not_activated" "The version is stored but does not serve";
     NotApplied = 500 "not_applied" "The change is stored but not in effect";
     HostBusy = 503 "host_busy" "The host has enough to do";
+    StateStopped = 503 "state_stopped" "The host takes no more changes";
     DataUnavailable = 503 "data_unavailable" "The data plane does not answer";
     NotReady = 503 "not_ready" "The host is not ready";
     Stopping = 503 "stopping" "The host is stopping";
+    NoSpace = 507 "no_space" "The host's disk is full";
 }
 
 /// Longest detail that is sent: part of it may quote the caller or a compiler.
@@ -142,6 +145,16 @@ impl Problem {
         Self::new(Code::Internal, "the host's log says why")
     }
 
+    fn no_space() -> Self {
+        tracing::warn!("a change was refused: no room left in the data directory");
+        let detail = "nothing was changed, and what runs is served; make room, and try again";
+        Self::new(Code::NoSpace, detail).retry_after(10)
+    }
+
+    pub(crate) fn state_stopped(reason: &str) -> Self {
+        Self::new(Code::StateStopped, Stopped(reason.to_owned()))
+    }
+
     pub(crate) const fn code(&self) -> Code {
         self.code
     }
@@ -185,6 +198,9 @@ impl From<StoreError> for Problem {
             StoreError::RouteTaken(_) => Code::RouteTaken,
             StoreError::Full { .. } => Code::LimitReached,
             StoreError::LastAdminToken => Code::LastAdminToken,
+            StoreError::NoSpace => return Self::no_space(),
+            StoreError::Stopped(stopped) => return Self::state_stopped(&stopped.0),
+            StoreError::Disk(reason) => return Self::state_stopped(reason),
             StoreError::Backend(_) => return Self::internal(&error),
         };
         Self::new(code, error)
@@ -199,6 +215,13 @@ impl From<WorkerGone> for Problem {
 
 impl From<std::io::Error> for Problem {
     fn from(error: std::io::Error) -> Self {
+        if is_full(&error) {
+            return Self::no_space();
+        }
+        let inner = error.get_ref().and_then(|inner| inner.downcast_ref());
+        if let Some(Stopped(reason)) = inner {
+            return Self::state_stopped(reason);
+        }
         Self::internal(&error)
     }
 }

@@ -7,8 +7,8 @@ use tokio::sync::mpsc;
 use tokio::time::MissedTickBehavior;
 
 use super::link::Answered;
-use super::{Control, Readiness};
-use crate::messages::FromData;
+use super::{Control, Readiness, deploy};
+use crate::messages::{FromData, VersionDelta};
 
 /// How often data is asked what it counted.
 const COLLECT_EVERY: Duration = Duration::from_secs(1);
@@ -23,6 +23,7 @@ pub(super) async fn pump(control: Rc<Control>, mut reports: mpsc::Receiver<FromD
             FromData::Done { seq, result } => control.link.answer(seq, Answered::Done(result)),
             FromData::Collected { seq, collected } => {
                 control.ledger.borrow_mut().absorb(&collected.usage);
+                judge(&control, &collected.versions);
                 control
                     .link
                     .answer(seq, Answered::Collected(collected.metrics));
@@ -37,11 +38,29 @@ pub(super) async fn pump(control: Rc<Control>, mut reports: mpsc::Receiver<FromD
     }
 }
 
+/// Takes back what lost its trial; that goes on beside the pump.
+fn judge(control: &Rc<Control>, versions: &[VersionDelta]) {
+    let mut trials = control.trials.borrow_mut();
+    trials.absorb(versions);
+    for verdict in trials.verdicts(control.uptime()) {
+        let background = Rc::clone(control);
+        control.spawn(async move {
+            if let Err(problem) = deploy::take_back(&background, &verdict).await {
+                tracing::error!(
+                    service = %verdict.service, problem = problem.detail(), "a bad version stays"
+                );
+            }
+        });
+    }
+}
+
 /// Collects every second and stores the sums every few.
 pub(super) async fn tick(control: Rc<Control>) {
     let mut interval = tokio::time::interval(COLLECT_EVERY);
     interval.set_missed_tick_behavior(MissedTickBehavior::Delay);
     let mut ticks = 0u32;
+    // Whether the followers of events know that the state was stopped.
+    let mut told = false;
     loop {
         interval.tick().await;
         if let Err(error) = control.link.collect().await
@@ -49,8 +68,13 @@ pub(super) async fn tick(control: Rc<Control>) {
         {
             tracing::warn!(%error, "usage was not collected");
         }
+        if !told && let Some(reason) = control.health.stopped() {
+            control.events.host_because("host.state_stopped", reason);
+            told = true;
+        }
         ticks = ticks.wrapping_add(1);
         if ticks.is_multiple_of(CHECKPOINT_EVERY)
+            && !told
             && let Err(problem) = control.checkpoint().await
         {
             tracing::warn!(

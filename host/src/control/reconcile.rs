@@ -9,6 +9,8 @@
 
 use std::rc::Rc;
 
+use insula_types::{Digest, Traffic};
+
 use super::compile::Ticket;
 use super::deploy::{self, ApplyError};
 use super::http_types::PAGE_MAX;
@@ -123,7 +125,8 @@ async fn send_service(
         Err(ApplyError::Link(LinkError::Refused(refusal))) => {
             tracing::warn!(service = %service.id, %refusal, "a service is not served yet");
             let dark = Service {
-                active: None,
+                traffic: Traffic::none(),
+                held: Vec::new(),
                 ..service.clone()
             };
             if let Err(error) = deploy::apply_service(control, &dark).await {
@@ -142,11 +145,17 @@ async fn send_service(
 }
 
 async fn recompile(control: &Rc<Control>, broken: &Service) -> Result<(), Problem> {
-    let Some(active) = broken.active else {
-        return Ok(());
-    };
-    let ticket = wait_for_ticket(control, broken).await?;
-    deploy::compile_stored(control, &ticket, active.digest).await?;
+    // Data does not say which artefact it refused first; all that serve are made again.
+    let serving: Vec<Digest> = broken
+        .traffic
+        .shares()
+        .filter(|(_, percent)| *percent > 0)
+        .filter_map(|(number, _)| broken.held(number))
+        .collect();
+    for digest in &serving {
+        let ticket = wait_for_ticket(control, broken).await?;
+        deploy::compile_stored(control, &ticket, *digest).await?;
+    }
     let _mutation = control.mutation.lock().await;
     let (tenant, name) = (broken.tenant_name.clone(), broken.name.clone());
     // It may have another version by now, or be gone.
@@ -156,7 +165,9 @@ async fn recompile(control: &Rc<Control>, broken: &Service) -> Result<(), Proble
     match service {
         Ok(service) => Ok(deploy::apply_service(control, &service).await?),
         Err(problem) if problem.code() == Code::NotFound => {
-            control.remove_unreferenced(active.digest).await;
+            for digest in serving {
+                control.remove_unreferenced(digest).await;
+            }
             Ok(())
         }
         Err(problem) => Err(problem),

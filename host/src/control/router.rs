@@ -7,7 +7,7 @@ use std::rc::Rc;
 use http::Method;
 
 use super::Control;
-use super::api::{host, services, streams, tenants, tokens, usage, versions};
+use super::api::{audit, backup, host, services, streams, tenants, tokens, usage, versions};
 use super::auth::Need;
 use super::http_types::{Call, Params};
 use super::problem::{Answer, Code, Problem};
@@ -120,10 +120,10 @@ pub(super) static ROUTES: &[Route] = routes! {
         Wasm => Created("Deployed");
     PUT "/v1/tenants/{tenant}/services/{service}/traffic" Need::Tenant(Write),
         "putTraffic" = versions::traffic,
-        "Choose the version that serves", [], Body("Traffic") => Json("Traffic");
+        "Divide the traffic among versions", [], Body("Traffic") => Json("Traffic");
     POST "/v1/tenants/{tenant}/services/{service}/rollback" Need::Tenant(Write),
         "rollback" = versions::rollback,
-        "Go back to the version that served before", [], Nothing => Json("Service");
+        "Give all traffic to the version that had it before", [], Nothing => Json("Service");
     GET "/v1/tenants/{tenant}/services/{service}/logs" Need::Tenant(Read),
         "getLogs" = streams::logs,
         "The last lines of a service's log, and with follow those to come", ["follow", "tail"],
@@ -134,6 +134,11 @@ pub(super) static ROUTES: &[Route] = routes! {
         "Make a token; its secret is shown once", [], Body("TokenRequest") => Created("NewToken");
     DELETE "/v1/tokens/{id}" Need::Any(Write), "deleteToken" = tokens::delete,
         "Revoke a token", [], Nothing => Gives::Nothing;
+    GET "/v1/audit" Need::Any(Read), "listAudit" = audit::index,
+        "Who changed what, newest first", ["limit", "continue"], Nothing => List("Audit");
+    GET "/v1/backup" Need::Host(Write), "getBackup" = backup::download,
+        "All intent and all components, for insula restore", [],
+        Nothing => Media("application/x-tar");
     GET "/v1/events" Need::Any(Read), "getEvents" = streams::events,
         "Changes of state as server-sent events", [], Nothing => Media("text/event-stream");
 };

@@ -160,6 +160,8 @@ async fn dispatch(control: Rc<Control>, request: Request<Incoming>, peer: Socket
     let changes = found.route.method != Method::GET;
     let call = Call {
         caller,
+        peer,
+        operation: id,
         method: head.method,
         path: head.uri.path().to_owned(),
         query,

@@ -17,7 +17,7 @@ use super::machine::Machine;
 use super::{Control, Readiness, STREAMS_MAX, pump, reconcile, server};
 use crate::messages::{Command, FromData};
 use crate::state::sqlite::OpenError;
-use crate::state::{Blobs, DataDir, SqliteStore, Store, Timestamp, Worker};
+use crate::state::{Blobs, DataDir, Health, SqliteStore, Store, Timestamp, Worker};
 
 /// What control is started with.
 #[derive(Clone)]
@@ -224,8 +224,9 @@ async fn open(
     data: &DataDir,
     commands: mpsc::Sender<Command>,
 ) -> Result<(Rc<Control>, TcpListener), StartError> {
-    let mut store: Box<dyn Store> = Box::new(SqliteStore::open(data)?);
-    let files = Blobs::open(data, &config.compatibility)?;
+    let health = Health::default();
+    let mut store: Box<dyn Store> = Box::new(SqliteStore::open(data, health.clone())?);
+    let files = Blobs::open(data, &config.compatibility, health.clone())?;
     let now = Timestamp::now();
     auth::ensure_admin_token(data, store.as_mut(), now)?;
     let address = config.admin;
@@ -238,11 +239,14 @@ async fn open(
         ingress: std::cell::Cell::new(None),
         admin,
         started: now,
+        started_at: tokio::time::Instant::now(),
         machine: Machine::look(),
         store: Worker::start("insula-state", store)?,
         files: Worker::start("insula-files", files)?,
+        health,
         link: DataLink::new(commands),
         ledger: Default::default(),
+        trials: Default::default(),
         logs: Default::default(),
         events: Default::default(),
         failures: Default::default(),
@@ -251,6 +255,7 @@ async fn open(
         readiness: std::cell::Cell::new(Readiness::Reconciling),
         streams: Semaphore::new(STREAMS_MAX),
         stopping: watch::Sender::new(false),
+        backup_runs: Default::default(),
         tasks: Default::default(),
     };
     Ok((Rc::new(control), listener))

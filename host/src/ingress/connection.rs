@@ -5,8 +5,8 @@
 //! nothing of them is in the cache: 40 µs a request instead of 32. So a worker that has a few more
 //! than the one with the fewest hands what it accepts on to that one.
 
-use std::sync::{Arc, Mutex, PoisonError};
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use arc_swap::ArcSwap;

@@ -67,12 +67,13 @@ pub(super) async fn handle(
         }
     };
     let routes = ingress.routes.load();
-    let Some(service) = routes.find(&host, request.uri().path()).cloned() else {
+    let Some(found) = routes.find(&host, request.uri().path()) else {
         ingress.metrics.unrouted().request_ended(Outcome::NotFound);
         return own(problem::problem(Outcome::NotFound, request_id));
     };
+    let (service, preview) = (Arc::clone(found.service), found.preview);
     drop(routes);
-    let Some(active) = service.active.clone() else {
+    let Some(active) = service.version_for(preview, request.headers(), &request_id) else {
         return refuse(&service, Outcome::NotFound, began, request_id);
     };
     let length = declared_length(request.headers());
@@ -92,7 +93,7 @@ pub(super) async fn handle(
         .bytes_in
         .store(headers::head_bytes(request.headers()), Ordering::Relaxed);
     let request = for_guest(request, &exchange, &origin, &host);
-    let work = Box::pin(work(active.program, Arc::clone(&exchange), request));
+    let work = Box::pin(work(active.program.clone(), Arc::clone(&exchange), request));
     let submitted = Arc::clone(&exchange);
     let key = ingress
         .pool
@@ -236,6 +237,9 @@ async fn answer(hold: Hold, wants_body: bool) -> Response<OutBody> {
         Some(Head::Err(error)) => return bad_response(hold, &error),
         None => return failed(hold),
     };
+    if parts.status.is_server_error() {
+        hold.exchange().answered_5xx.store(true, Ordering::Relaxed);
+    }
     headers::prepare_response(&mut parts.headers, hold.exchange().request_id);
     let bytes = headers::head_bytes(&parts.headers);
     hold.exchange()

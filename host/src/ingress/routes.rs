@@ -7,7 +7,7 @@ use std::collections::HashMap;
 use std::sync::Arc;
 
 use insula_types::spec::Route;
-use insula_types::{ServiceId, TenantId};
+use insula_types::{ServiceId, TenantId, VersionNumber};
 
 use crate::pool::entries::ServiceEntry;
 
@@ -67,14 +67,28 @@ impl RouteTable {
     }
 
     /// The service for a canonical host and a path.
+    ///
+    /// `v3.<a service's own name>` is the preview name of its version 3, unless that very name is
+    /// in the table for another reason.
     #[must_use]
-    pub fn find(&self, host: &str, path: &str) -> Option<&Arc<ServiceEntry>> {
-        let host = self.hosts.get(host)?;
-        host.routes
-            .iter()
+    pub fn find(&self, host: &str, path: &str) -> Option<Found<'_>> {
+        let Some(known) = self.hosts.get(host) else {
+            let (preview, own) = preview_name(host)?;
+            let service = self.hosts.get(own)?.own.as_ref()?;
+            return Some(Found {
+                service,
+                preview: Some(preview),
+            });
+        };
+        let routes = &mut known.routes.iter();
+        let service = routes
             .find(|(route, _)| route.matches(path))
             .map(|(_, service)| service)
-            .or(host.own.as_ref())
+            .or(known.own.as_ref())?;
+        Some(Found {
+            service,
+            preview: None,
+        })
     }
 
     /// Every service with a name of its own in the table.
@@ -87,6 +101,23 @@ impl RouteTable {
     pub fn by_id(&self, id: ServiceId) -> Option<&Arc<ServiceEntry>> {
         self.services().find(|service| service.id == id)
     }
+}
+
+/// What a request is for.
+#[derive(Debug, Clone, Copy)]
+pub struct Found<'a> {
+    /// The service.
+    pub service: &'a Arc<ServiceEntry>,
+    /// The version, where its preview name was used.
+    pub preview: Option<VersionNumber>,
+}
+
+/// Takes `v3.` off a host. Numbers are written in one way only.
+fn preview_name(host: &str) -> Option<(VersionNumber, &str)> {
+    let (label, own) = host.strip_prefix('v')?.split_once('.')?;
+    let plain = label.bytes().all(|c| c.is_ascii_digit()) && !label.starts_with('0');
+    let number = plain.then(|| label.parse().ok()).flatten()?;
+    Some((VersionNumber::new(number)?, own))
 }
 
 /// The form in which hosts are compared: lower case, without port and final dot. `None` for what
@@ -116,6 +147,87 @@ pub fn canonical_host(authority: &str) -> Option<std::borrow::Cow<'_, str>> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    fn service(id: u64, tenant: (u64, &str), name: &str) -> Arc<ServiceEntry> {
+        let registry = insula_metrics::DataMetrics::new();
+        let name_of_tenant: insula_types::TenantName = tenant.1.parse().unwrap();
+        let tenant = Arc::new(crate::pool::entries::TenantEntry {
+            id: TenantId::new(tenant.0),
+            metrics: registry.tenant(&name_of_tenant),
+            name: name_of_tenant,
+            memory: Arc::new(crate::engine::TenantMemory::new()),
+        });
+        let log = super::super::logs::ServiceLog::new(
+            ServiceId::new(id),
+            Arc::default(),
+            Arc::clone(&tenant.metrics),
+        );
+        Arc::new(ServiceEntry {
+            id: ServiceId::new(id),
+            name: name.parse().unwrap(),
+            tenant,
+            limits: insula_types::spec::RequestLimits::default(),
+            env: Arc::default(),
+            usage_header: false,
+            versions: Default::default(),
+            sticky_header: None,
+            stats: Arc::new(crate::pool::entries::ServiceStats::new(
+                registry,
+                Arc::new(log),
+            )),
+        })
+    }
+
+    #[test]
+    fn a_preview_name_never_takes_what_another_service_holds() {
+        let web = service(1, (1, "a"), "web");
+        let other = service(2, (2, "b"), "other");
+        // As it may be stored when the host's domain was another one.
+        let held = ["v2.web.a.localhost/api/*".to_owned().try_into().unwrap()];
+        let none: &[Route] = &[];
+        let table = RouteTable::build("localhost", [(&web, none), (&other, &held[..])].into_iter());
+        let find = |host, path| {
+            let found = table.find(host, path);
+            found.map(|found| {
+                (
+                    found.service.id.get(),
+                    found.preview.map(VersionNumber::get),
+                )
+            })
+        };
+        assert_eq!(find("web.a.localhost", "/"), Some((1, None)));
+        assert_eq!(find("v1.web.a.localhost", "/"), Some((1, Some(1))));
+        assert_eq!(find("v2.web.a.localhost", "/api/x"), Some((2, None)));
+        assert_eq!(
+            find("v2.web.a.localhost", "/"),
+            None,
+            "not even what its holder leaves"
+        );
+        assert_eq!(find("v1.v1.web.a.localhost", "/"), None);
+    }
+
+    #[test]
+    fn preview_names() {
+        let parsed = |host| preview_name(host).map(|(number, own)| (number.get(), own));
+        assert_eq!(
+            parsed("v3.hello.acme.localhost"),
+            Some((3, "hello.acme.localhost"))
+        );
+        assert_eq!(parsed("v4294967295.a.b.c"), Some((u32::MAX, "a.b.c")));
+        for other in [
+            "hello.acme.localhost",
+            "v.a.b.c",
+            "v0.a.b.c",
+            "v03.a.b.c",
+            "v+3.a.b.c",
+            "v3",
+            "3.a.b.c",
+            "v4294967296.a.b.c",
+            "v3x.a.b.c",
+        ] {
+            assert_eq!(parsed(other), None, "{other}");
+        }
+    }
 
     #[test]
     fn hosts_have_one_form() {

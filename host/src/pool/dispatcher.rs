@@ -32,6 +32,9 @@ use super::runners::{Lender, Load, Runners, Ticket};
 
 /// How long a worker polls guests before it looks at its connections again.
 const BATCH: Duration = Duration::from_micros(250);
+/// After how much work without a pause others may take a worker's jobs. What a request has touched
+/// is in its own core's cache: on another one it costs a quarter more.
+const ALONE: Nanos = Nanos::from_micros(500);
 /// How long a core is lent before the scheduler is asked again.
 const LOAN: Duration = Duration::from_millis(2);
 
@@ -39,6 +42,8 @@ struct Inner {
     sched: Scheduler,
     jobs: Jobs,
     admission: Admission,
+    /// Queued jobs by their homes.
+    queued: Box<[usize]>,
 }
 
 /// What other threads may know of a worker.
@@ -48,6 +53,8 @@ struct WorkerSlot {
     idle: AtomicBool,
     /// A guest is being polled: the worker cannot look at its connections.
     in_slice: AtomicBool,
+    /// When the worker last began to be busy, in nanoseconds of the pool's clock; 0 while it is not.
+    busy_since: AtomicU64,
     wake: Notify,
     deadlines: Mutex<Deadlines>,
     /// CPU time of the worker's thread outside of slices.
@@ -59,11 +66,33 @@ struct WorkerSlot {
     core: OnceLock<usize>,
 }
 
+impl WorkerSlot {
+    /// It looks for something to do and finds nothing. Under the pool's lock.
+    fn idles(&self) {
+        self.idle.store(true, Ordering::SeqCst);
+        self.busy_since.store(0, Ordering::Relaxed);
+    }
+
+    fn is_busy(&self, at: Nanos) {
+        if self.busy_since.load(Ordering::Relaxed) == 0 {
+            self.busy_since.store(at.as_nanos(), Ordering::Relaxed);
+        }
+    }
+
+    /// It has been busy for so long that others should take over some of its jobs.
+    fn is_behind(&self, at: Nanos) -> bool {
+        let since = self.busy_since.load(Ordering::Relaxed);
+        since != 0 && at.saturating_sub(Nanos::from_nanos(since)) >= ALONE
+    }
+}
+
 /// See the module's documentation.
 pub struct Pool {
     inner: Mutex<Inner>,
     workers: Box<[WorkerSlot]>,
     pub(super) runners: Runners,
+    /// There are jobs that any worker may take: they take longer than a slice.
+    help_wanted: AtomicBool,
     epoch: Instant,
     this: Weak<Self>,
 }
@@ -173,9 +202,11 @@ impl Pool {
                 sched,
                 jobs: Jobs::default(),
                 admission,
+                queued: vec![0; workers].into(),
             }),
             workers: (0..workers).map(|_| WorkerSlot::default()).collect(),
             runners: Runners::default(),
+            help_wanted: AtomicBool::new(false),
             epoch: Instant::now(),
             this: this.clone(),
         }))
@@ -331,7 +362,7 @@ impl Pool {
         if job.waker.change(Wakefulness::Parked, Wakefulness::Queued) {
             inner.enqueue(key, Class::Woken, at);
             drop(guard);
-            self.wake(home);
+            self.wake(home, at);
         }
     }
 
@@ -349,16 +380,27 @@ impl Pool {
         };
         inner.enqueue(key, Class::Woken, at);
         drop(inner);
-        self.wake(home);
+        self.wake(home, at);
     }
 
-    /// Wakes a job's home; another worker as well where the home is busy with a guest.
-    fn wake(&self, home: WorkerId) {
+    /// Wakes a job's home; another worker as well where the home has been busy for long.
+    fn wake(&self, home: WorkerId, at: Nanos) {
         let slot = &self.workers[home.index()];
         slot.wake.notify_one();
-        if slot.in_slice.load(Ordering::Relaxed) {
+        if slot.in_slice.load(Ordering::Relaxed) && slot.is_behind(at) {
             self.wake_idle(home);
         }
+    }
+
+    /// Whether a worker may look for a job: it has one of its own, or others need help.
+    fn may_pick(&self, worker: WorkerId, own: usize, at: Nanos) -> bool {
+        own > 0
+            || self.help_wanted.swap(false, Ordering::Relaxed)
+            || self
+                .workers
+                .iter()
+                .enumerate()
+                .any(|(index, slot)| index != worker.index() && slot.is_behind(at))
     }
 
     fn wake_idle(&self, except: WorkerId) {
@@ -499,6 +541,10 @@ impl Pool {
                         // After a whole slice somebody's answer or input may have waited for it.
                         let waited = now.saturating_duration_since(began);
                         if waited >= BATCH || could_go_on(end) {
+                            let slot = &self.workers[worker.id.index()];
+                            if slot.is_behind(self.nanos(now)) {
+                                self.wake_idle(worker.id);
+                            }
                             return After::Again;
                         }
                         continue;
@@ -661,10 +707,8 @@ impl Pool {
     fn pause(&self, worker: WorkerId, used: Nanos, now: Instant) {
         let at = self.nanos(now);
         // The scheduler knows the worker's slice: it was picked for it and not charged since.
-        let charged = lock(&self.inner)
-            .sched
-            .charge(worker, used, SliceEnd::Paused, at);
-        debug_assert!(charged.is_ok(), "{charged:?}");
+        let charged = lock(&self.inner).charge(worker, used, SliceEnd::Paused, at);
+        debug_assert!(charged.is_some());
     }
 
     /// A slice on a runner has ended: charges the rest of it. Its job ends or parks with it, or
@@ -694,9 +738,18 @@ impl Pool {
         let slot = &self.workers[worker.index()];
         let mut guard = lock(&self.inner);
         let inner = &mut *guard;
+        if !self.may_pick(worker, inner.queued[worker.index()], at) {
+            slot.idles();
+            return match inner.sched.next_release() {
+                Some(until) => Picked::Throttled(self.epoch + until.as_duration()),
+                None => Picked::Idle,
+            };
+        }
         loop {
             match inner.sched.pick(worker, at) {
-                Ok(Pick::Run { job, .. }) => {
+                Ok(Pick::Run { job, home, .. }) => {
+                    inner.queued[home.index()] -= 1;
+                    slot.is_busy(at);
                     let key = JobKey::of(job);
                     if let Some(next) = inner.jobs.get_mut(key).and_then(|job| job.start(key)) {
                         slot.idle.store(false, Ordering::SeqCst);
@@ -706,16 +759,14 @@ impl Pool {
                     // Not reachable: a queued job is in the table with its work. If it were
                     // not, the queue must not stand still for it.
                     debug_assert!(false, "a queued job without work");
-                    let _ = inner
-                        .sched
-                        .charge(worker, Nanos::ZERO, SliceEnd::Finished, at);
+                    let _ = inner.charge(worker, Nanos::ZERO, SliceEnd::Finished, at);
                 }
                 Ok(Pick::Throttled { until }) => {
-                    slot.idle.store(true, Ordering::SeqCst);
+                    slot.idles();
                     return Picked::Throttled(self.epoch + until.as_duration());
                 }
                 Ok(Pick::Idle) | Err(_) => {
-                    slot.idle.store(true, Ordering::SeqCst);
+                    slot.idles();
                     return Picked::Idle;
                 }
             }
@@ -751,14 +802,15 @@ impl Pool {
                 (end, None)
             }
         };
-        let charged = inner.sched.charge(worker, Nanos::from_nanos(used), end, at);
+        let charged = inner.charge(worker, Nanos::from_nanos(used), end, at);
         let refused = gone.as_ref().map(|job| inner.finished(job, at));
         drop(guard);
         drop(refused);
         if gone.is_some() {
             exchange.finish();
         }
-        if could_go_on(end) && charged.is_ok_and(|charged| charged.runnable > 1) {
+        if could_go_on(end) && charged.is_some_and(|charged| charged.runnable > 1) {
+            self.help_wanted.store(true, Ordering::Relaxed);
             self.wake_idle(worker);
         }
         end
@@ -924,12 +976,31 @@ impl Inner {
         self.enqueue(key, Class::Fresh, at);
     }
 
+    /// Charges a worker's slice and counts its job where it is queued again.
+    fn charge(
+        &mut self,
+        worker: WorkerId,
+        used: Nanos,
+        end: SliceEnd,
+        at: Nanos,
+    ) -> Option<sched::Charged> {
+        let charged = self.sched.charge(worker, used, end, at).ok()?;
+        if charged.fate == sched::Fate::Requeued
+            && let Some(job) = self.jobs.get_mut(JobKey::of(charged.job))
+        {
+            self.queued[job.home.index()] += 1;
+        }
+        Some(charged)
+    }
+
     fn enqueue(&mut self, key: JobKey, class: Class, at: Nanos) {
         let Some(job) = self.jobs.get_mut(key) else {
             return;
         };
         let (tenant, home) = (key_of(job.tenant), job.home);
-        if let Err(error) = self.sched.enqueue(tenant, key.id(), home, class, at) {
+        let queued = self.sched.enqueue(tenant, key.id(), home, class, at);
+        self.queued[home.index()] += usize::from(queued.is_ok());
+        if let Err(error) = queued {
             // Admission keeps the queue far below its cap, and a tenant stays in the scheduler
             // as long as it has jobs.
             tracing::error!(%error, "a job could not be queued");
@@ -940,7 +1011,9 @@ impl Inner {
     /// A job has ended: its place goes to one that waits. Those that have waited for too long are
     /// refused, and handed back to be dropped without the lock.
     fn finished(&mut self, job: &Job, at: Nanos) -> Vec<Job> {
-        let stayed = job.placed.map_or(Nanos::ZERO, |since| at.saturating_sub(since));
+        let stayed = job
+            .placed
+            .map_or(Nanos::ZERO, |since| at.saturating_sub(since));
         let freed = self.admission.depart(job.tenant, stayed, at);
         if let Some(key) = freed.next {
             self.begin(key, at);

@@ -4,15 +4,18 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
+use http::{HeaderMap, HeaderName};
 use insula_metrics::{DataMetrics, Direction, Kind, ServiceMetrics, TenantMetrics};
 use insula_types::spec::RequestLimits;
-use insula_types::{Digest, Outcome, ServiceId, ServiceName, TenantId, TenantName, VersionNumber};
+use insula_types::{Outcome, ServiceId, ServiceName, TenantId, TenantName, VersionNumber};
 
 use super::exchange::Record;
 use super::pace::Pace;
-use crate::engine::{Program, TenantMemory};
+use super::request_id::RequestId;
+use super::versions::{Active, Choice, Versions};
+use crate::engine::TenantMemory;
 use crate::ingress::logs::ServiceLog;
-use crate::messages::UsageDelta;
+use crate::messages::{UsageDelta, VersionDelta};
 
 /// A tenant. Lives as long as anything of it does; its envelope is in the pool.
 #[derive(Debug)]
@@ -25,17 +28,6 @@ pub struct TenantEntry {
     pub memory: Arc<TenantMemory>,
     /// Its metric series.
     pub metrics: Arc<TenantMetrics>,
-}
-
-/// The version of a service that serves.
-#[derive(Debug, Clone)]
-pub struct Active {
-    /// Its number.
-    pub number: VersionNumber,
-    /// The digest of its component.
-    pub digest: Digest,
-    /// Its code.
-    pub program: Program,
 }
 
 /// A service as it is now; replaced whole when anything of it changes.
@@ -53,8 +45,10 @@ pub struct ServiceEntry {
     pub env: Arc<[(String, String)]>,
     /// Whether answers carry `insula-usage`.
     pub usage_header: bool,
-    /// What serves; `None` before the first activation.
-    pub active: Option<Active>,
+    /// What serves, and how much of it.
+    pub versions: Versions,
+    /// The header whose value decides while traffic is split.
+    pub sticky_header: Option<HeaderName>,
     /// What outlives a change: counters and the log.
     pub stats: Arc<ServiceStats>,
 }
@@ -97,6 +91,28 @@ impl ServiceStats {
 }
 
 impl ServiceEntry {
+    /// The version that a request gets: that of its preview name, or by its sticky key, or
+    /// else, by its id, any.
+    #[must_use]
+    pub fn version_for(
+        &self,
+        preview: Option<VersionNumber>,
+        headers: &HeaderMap,
+        request_id: &RequestId,
+    ) -> Option<&Active> {
+        let sticky = self.sticky_header.as_ref();
+        let key = || match sticky.and_then(|name| headers.get(name)) {
+            Some(value) => value.as_bytes(),
+            None => request_id.as_bytes(),
+        };
+        let choice = match preview {
+            Some(number) => Choice::Preview(number),
+            None if self.versions.is_split() => Choice::Shared(key()),
+            None => Choice::Shared(&[]),
+        };
+        self.versions.choose(self.id.get(), choice)
+    }
+
     /// Its metric series.
     pub fn metrics(&self) -> &Arc<ServiceMetrics> {
         let stats = &self.stats;
@@ -143,6 +159,17 @@ impl ServiceEntry {
             bytes_out: 0,
             duration,
         });
+    }
+
+    /// Moves out how its versions behaved since the last call.
+    pub fn take_conduct(&self) -> impl Iterator<Item = VersionDelta> + '_ {
+        self.versions.ready().filter_map(|version| {
+            Some(VersionDelta {
+                service: self.id,
+                version: version.number,
+                conduct: version.stats.take()?,
+            })
+        })
     }
 
     /// Moves the counts since the last call out; `None` when there were none.

@@ -4,7 +4,7 @@
 //! for the head and then for the body). Either side can end first; the record is written once,
 //! when the last of them lets go.
 
-use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::task::{Context, Poll, Waker};
 use std::time::{Duration, Instant};
@@ -77,8 +77,10 @@ struct Handover {
 pub struct Exchange {
     /// Whose request it is.
     pub service: Arc<ServiceEntry>,
-    /// Which version answers it.
+    /// Which of its versions answers it.
     pub version: VersionNumber,
+    /// Whether the guest itself answered with a status from 500 on.
+    pub answered_5xx: AtomicBool,
     /// For logs and headers.
     pub request_id: RequestId,
     /// Fuel of one slice.
@@ -109,6 +111,7 @@ impl Exchange {
         Arc::new(Self {
             service,
             version,
+            answered_5xx: AtomicBool::new(false),
             quantum,
             request_id,
             cpu_ns: AtomicU64::new(0),
@@ -227,7 +230,7 @@ impl Exchange {
             self.ledger.fuel.load(Ordering::Relaxed),
             self.cpu_ns.load(Ordering::Relaxed) / 1000,
             self.ledger.memory_peak.load(Ordering::Relaxed),
-            self.version.get(),
+            self.version,
         )
     }
 
@@ -290,6 +293,12 @@ impl Drop for Exchange {
             bytes_out: self.bytes_out.load(Ordering::Relaxed),
             duration: self.began.elapsed(),
         };
+        if let Some(version) = self.service.versions.get(self.version) {
+            let answered_5xx = self.answered_5xx.load(Ordering::Relaxed);
+            version
+                .stats
+                .ended(record.outcome, answered_5xx, record.duration);
+        }
         self.service.record(&record);
     }
 }

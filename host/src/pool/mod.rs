@@ -31,6 +31,7 @@
 
 pub mod admission;
 pub mod clock;
+pub mod conduct;
 mod deadlines;
 pub mod dispatcher;
 pub mod entries;
@@ -39,6 +40,7 @@ pub mod jobs;
 pub mod pace;
 pub mod request_id;
 mod runners;
+pub mod versions;
 pub mod worker;
 
 pub use dispatcher::Pool;

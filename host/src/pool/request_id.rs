@@ -23,6 +23,12 @@ impl RequestId {
         std::str::from_utf8(&self.0).unwrap_or_default()
     }
 
+    /// Its digits, as bytes.
+    #[must_use]
+    pub const fn as_bytes(&self) -> &[u8] {
+        &self.0
+    }
+
     /// As the value of a header.
     #[must_use]
     pub fn header(&self) -> HeaderValue {

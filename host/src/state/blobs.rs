@@ -14,7 +14,8 @@ use cap_std::fs::Dir;
 use insula_types::Digest;
 use sha2::Digest as _;
 
-use super::dir::{DataDir, private, subdir, sync_dir};
+use super::Health;
+use super::dir::{DataDir, TemporaryDir, private, subdir, sync_dir};
 
 /// The part of the data directory that holds blobs.
 #[derive(Debug)]
@@ -25,6 +26,7 @@ pub struct Blobs {
     /// Names the engine, its configuration and the CPU that artefacts are good for.
     compatibility: String,
     next_temporary: u64,
+    health: Health,
 }
 
 /// What a file is.
@@ -44,6 +46,7 @@ pub struct Unplaced {
     file: File,
     hash: sha2::Sha256,
     size_bytes: u64,
+    health: Health,
 }
 
 impl Unplaced {
@@ -91,7 +94,7 @@ impl Unplaced {
     /// # Errors
     /// Those of the file system.
     pub fn sync(&self) -> io::Result<()> {
-        self.file.sync_all()
+        self.health.after_sync(self.file.sync_all())
     }
 }
 
@@ -107,7 +110,7 @@ impl Blobs {
     ///
     /// # Errors
     /// Those of the file system.
-    pub fn open(data: &DataDir, compatibility: &str) -> io::Result<Self> {
+    pub fn open(data: &DataDir, compatibility: &str, health: Health) -> io::Result<Self> {
         let temporary = data.subdir("tmp")?;
         for entry in temporary.entries()? {
             temporary.remove_file(entry?.file_name())?;
@@ -118,7 +121,16 @@ impl Blobs {
             temporary,
             compatibility: compatibility.to_owned(),
             next_temporary: 0,
+            health,
         })
+    }
+
+    /// A handle of the directory of unfinished files.
+    ///
+    /// # Errors
+    /// When no descriptor is left.
+    pub fn directory(&self) -> io::Result<TemporaryDir> {
+        Ok(TemporaryDir(self.temporary.try_clone()?))
     }
 
     /// An empty file under a temporary name.
@@ -126,6 +138,7 @@ impl Blobs {
     /// # Errors
     /// Those of the file system.
     pub fn create(&mut self) -> io::Result<Unplaced> {
+        self.health.check().map_err(io::Error::other)?;
         self.next_temporary += 1;
         let name = format!("{:08x}", self.next_temporary);
         let file = self
@@ -138,6 +151,7 @@ impl Blobs {
             file,
             hash: sha2::Sha256::new(),
             size_bytes: 0,
+            health: self.health.clone(),
         })
     }
 
@@ -160,7 +174,7 @@ impl Blobs {
     pub fn place(&self, kind: Kind, digest: &Digest, file: Unplaced) -> io::Result<()> {
         let (directory, name) = self.place_of(kind, digest)?;
         file.directory.rename(&file.name, &directory, &name)?;
-        sync_dir(&directory)
+        self.health.after_sync(sync_dir(&directory))
     }
 
     /// Opens a file for reading; `None` when there is none.
@@ -235,7 +249,7 @@ mod tests {
     use std::io::Read;
 
     fn blobs(data: &DataDir) -> Blobs {
-        Blobs::open(data, "c0ffee").unwrap()
+        Blobs::open(data, "c0ffee", Health::default()).unwrap()
     }
 
     fn put(blobs: &mut Blobs, kind: Kind, content: &[u8]) -> Digest {

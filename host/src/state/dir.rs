@@ -81,6 +81,18 @@ impl DataDir {
         Ok(Self { dir, _lock: lock })
     }
 
+    /// Whether there is anything below a path; not where it does not exist.
+    ///
+    /// # Errors
+    /// Those of the file system.
+    pub fn holds_anything(path: &Path) -> io::Result<bool> {
+        match std::fs::read_dir(path) {
+            Ok(mut entries) => Ok(entries.next().is_some()),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(false),
+            Err(error) => Err(error),
+        }
+    }
+
     /// A handle of the directory itself.
     ///
     /// # Errors
@@ -112,6 +124,15 @@ impl DataDir {
         self.dir.open_with(name, private().create(true)).map(drop)
     }
 
+    /// A new file (0600) for writing.
+    ///
+    /// # Errors
+    /// Those of the file system; when it is there already.
+    pub(super) fn create(&self, name: &str) -> io::Result<File> {
+        let file = self.dir.open_with(name, private().create_new(true))?;
+        Ok(file.into_std())
+    }
+
     /// The content of a small file; `None` when there is none.
     ///
     /// # Errors
@@ -137,6 +158,34 @@ impl DataDir {
         file.sync_all()?;
         self.dir.rename(&temporary, &self.dir, name)?;
         sync_dir(&self.dir)
+    }
+}
+
+/// Where unfinished files are; emptied at every start.
+#[derive(Debug)]
+pub struct TemporaryDir(pub(super) Dir);
+
+impl TemporaryDir {
+    /// Makes an empty file (0600) in place of what has its name; gives a path by which others find
+    /// it, as [`DataDir::database_path`] does.
+    ///
+    /// # Errors
+    /// Those of the file system.
+    pub(super) fn make(&self, name: &str) -> io::Result<PathBuf> {
+        self.0
+            .open_with(name, private().create(true).truncate(true))?;
+        let directory = self.0.as_raw_fd();
+        Ok(PathBuf::from(format!("/proc/self/fd/{directory}/{name}")))
+    }
+
+    /// Opens a file for reading and takes its name away.
+    ///
+    /// # Errors
+    /// Those of the file system.
+    pub(super) fn take(&self, name: &str) -> io::Result<File> {
+        let file = self.0.open(name)?.into_std();
+        self.0.remove_file(name)?;
+        Ok(file)
     }
 }
 

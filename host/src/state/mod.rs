@@ -12,7 +12,8 @@
 //! callers could race for (names, reservations, routes, generations) happens inside the store.
 //!
 //! On failure: a method that answers an error has changed nothing. A crash loses nothing that was
-//! answered; files without a record are removed at the next start (see [`blobs`]).
+//! answered; files without a record are removed at the next start (see [`blobs`]). A disk that
+//! fails stops all writes ([`health`]).
 //!
 //! *Invariant:* below the data directory nothing is reached by an ambient path ([`dir`]), and
 //! names of tenants and services never become file names.
@@ -20,12 +21,18 @@
 use std::collections::HashSet;
 
 use insula_types::{
-    Digest, ServiceId, ServiceName, ServiceSpec, TenantId, TenantName, TenantSpec, VersionNumber,
+    Digest, ServiceId, ServiceName, ServiceSpec, TenantId, TenantName, TenantSpec, Traffic,
+    VersionNumber,
 };
 
+pub mod audit;
+pub mod backup;
 pub mod blobs;
 pub mod dir;
+pub mod health;
 mod records;
+#[cfg(test)]
+mod specification;
 pub mod sqlite;
 #[cfg(test)]
 mod tests;
@@ -33,11 +40,13 @@ pub mod time;
 pub mod usage;
 pub mod worker;
 
+pub use audit::{Audit, AuditEntry};
 pub use blobs::Blobs;
-pub use dir::DataDir;
+pub use dir::{DataDir, TemporaryDir};
+pub use health::{Health, Stopped};
 pub use records::{
-    Access, Active, AddedVersion, Commitments, Deleted, Listed, NewToken, NewVersion, Page, Put,
-    Remembered, Scope, Service, StoredUsage, Tenant, Token, TokenHash, Version,
+    Access, AddedVersion, Commitments, Deleted, Held, Listed, NewToken, NewVersion, Page, Put,
+    Remembered, Scope, Service, StoredUsage, Switched, Tenant, Token, TokenHash, Version,
 };
 pub use sqlite::SqliteStore;
 pub use time::Timestamp;
@@ -54,6 +63,8 @@ pub const VERSIONS_KEPT: u64 = 100;
 pub const TOKENS_MAX: u64 = 1_000;
 /// Idempotency keys that are remembered, at most.
 pub const REMEMBERED_MAX: u64 = 10_000;
+/// Entries of the audit log that are kept.
+pub const AUDIT_KEPT: u64 = 100_000;
 /// How long an idempotency key is remembered.
 pub const REMEMBERED_FOR: std::time::Duration = std::time::Duration::from_secs(24 * 3_600);
 
@@ -96,6 +107,15 @@ pub enum StoreError {
     /// Without this token nobody could administer the host any more.
     #[error("this is the last token that may administer the host; create another one first")]
     LastAdminToken,
+    /// There is no room on the disk; nothing was changed.
+    #[error("there is no room left where the state is kept")]
+    NoSpace,
+    /// The disk failed: the caller stops the state ([`Health`]).
+    #[error("the state could not be read or written: {0}")]
+    Disk(String),
+    /// The disk failed before.
+    #[error(transparent)]
+    Stopped(#[from] Stopped),
     /// The store itself failed, or holds what cannot be.
     #[error("the state could not be read or written: {0}")]
     Backend(Box<dyn std::error::Error + Send + Sync>),
@@ -142,10 +162,38 @@ impl Precondition {
     }
 }
 
+impl dyn Store + '_ {
+    /// [`Store::atomically`] for a job that answers something.
+    ///
+    /// # Errors
+    /// Those of the job and of the commit.
+    pub fn in_one<T>(
+        &mut self,
+        job: impl FnOnce(&mut dyn Store) -> Result<T, StoreError>,
+    ) -> Result<T, StoreError> {
+        let mut job = Some(job);
+        let mut answer = None;
+        self.atomically(&mut |store| {
+            if let Some(job) = job.take() {
+                answer = Some(job(store)?);
+            }
+            Ok(())
+        })?;
+        answer.ok_or_else(|| StoreError::Backend("a change was committed without its job".into()))
+    }
+}
+
 /// Where intent is kept. Blocking; owned by one thread. See the module's head for what every
 /// implementation promises; each method answers [`StoreError`].
 #[expect(clippy::missing_errors_doc, reason = "said once for all, above")]
 pub trait Store: Send {
+    /// Runs several changes as one: all of them are kept when `job` answers `Ok`, none otherwise.
+    /// Not to be nested.
+    fn atomically(
+        &mut self,
+        job: &mut dyn FnMut(&mut dyn Store) -> Result<(), StoreError>,
+    ) -> Result<(), StoreError>;
+
     /// Tenants by name.
     fn tenants(&mut self, page: &Page) -> Result<Listed<Tenant>, StoreError>;
     /// One tenant.
@@ -174,6 +222,8 @@ pub trait Store: Send {
     -> Result<Listed<Service>, StoreError>;
     /// One service.
     fn service(&mut self, tenant: &TenantName, name: &ServiceName) -> Result<Service, StoreError>;
+    /// The service with this id.
+    fn service_by_id(&mut self, id: ServiceId) -> Result<Service, StoreError>;
     /// Creates a service or replaces its spec.
     fn put_service(
         &mut self,
@@ -196,7 +246,7 @@ pub trait Store: Send {
     /// One version.
     fn version(&mut self, service: ServiceId, number: VersionNumber)
     -> Result<Version, StoreError>;
-    /// Adds a version (its number is chosen here); with `activate` it becomes the active one.
+    /// Adds a version (its number is chosen here); with `activate` it gets all traffic.
     fn add_version(
         &mut self,
         service: ServiceId,
@@ -204,13 +254,15 @@ pub trait Store: Send {
         activate: bool,
         now: Timestamp,
     ) -> Result<AddedVersion, StoreError>;
-    /// Sets which version serves and which one served before.
-    fn set_active(
+    /// Sets which versions serve, and with that what a rollback goes back to
+    /// ([`Traffic::previous_after`]).
+    fn set_traffic(
         &mut self,
         service: ServiceId,
-        active: Option<VersionNumber>,
-        previous: Option<VersionNumber>,
-    ) -> Result<Service, StoreError>;
+        traffic: &Traffic,
+    ) -> Result<Switched, StoreError>;
+    /// Takes a change of traffic back: both as they were in `before`.
+    fn restore_traffic(&mut self, before: &Service) -> Result<Service, StoreError>;
     /// The digests of all versions.
     fn digests(&mut self) -> Result<HashSet<Digest>, StoreError>;
 
@@ -222,6 +274,8 @@ pub trait Store: Send {
     ) -> Result<Listed<Token>, StoreError>;
     /// The token whose secret hashes to this, expired or not.
     fn token_by_hash(&mut self, hash: &TokenHash) -> Result<Option<Token>, StoreError>;
+    /// Whether a token is there and has not expired.
+    fn token_is_valid(&mut self, id: u64, now: Timestamp) -> Result<bool, StoreError>;
     /// Adds a token.
     fn add_token(&mut self, token: &NewToken, now: Timestamp) -> Result<Token, StoreError>;
     /// Deletes a token: any, or only one of a tenant.
@@ -233,6 +287,9 @@ pub trait Store: Send {
     ) -> Result<Token, StoreError>;
     /// Whether somebody can administer the host: an unexpired host token that may write.
     fn has_admin_token(&mut self, now: Timestamp) -> Result<bool, StoreError>;
+
+    /// A copy of everything as of this moment, as one SQLite file without a name.
+    fn copy(&mut self, temporary: &TemporaryDir) -> Result<std::fs::File, StoreError>;
 
     /// All sums.
     fn usage(&mut self) -> Result<Vec<StoredUsage>, StoreError>;
@@ -249,4 +306,15 @@ pub trait Store: Send {
     ) -> Result<Option<Remembered>, StoreError>;
     /// Remembers an answer; forgets old ones.
     fn remember(&mut self, answer: &Remembered, now: Timestamp) -> Result<(), StoreError>;
+    /// Forgets an answer that turned out not to be true.
+    fn forget(&mut self, key: &[u8; 32]) -> Result<(), StoreError>;
+
+    /// Adds to the audit log: entries are never changed, and the newest [`AUDIT_KEPT`] stay.
+    fn audit(&mut self, audit: &Audit, now: Timestamp) -> Result<(), StoreError>;
+    /// The audit log, newest first: all of it, or what concerns one tenant.
+    fn audits(
+        &mut self,
+        tenant: Option<TenantId>,
+        page: &Page,
+    ) -> Result<Listed<AuditEntry>, StoreError>;
 }

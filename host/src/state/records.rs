@@ -1,7 +1,7 @@
 //! Records as callers of the [`Store`](super::Store) see them.
 
 use insula_types::{
-    Bytes, Digest, ServiceId, ServiceName, ServiceSpec, TenantId, TenantName, TenantSpec,
+    Bytes, Digest, ServiceId, ServiceName, ServiceSpec, TenantId, TenantName, TenantSpec, Traffic,
     VersionNumber,
 };
 
@@ -22,9 +22,9 @@ pub struct Tenant {
     pub created: Timestamp,
 }
 
-/// The version that a service runs.
+/// A version that is kept ready.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Active {
+pub struct Held {
     /// Its number.
     pub number: VersionNumber,
     /// The component's digest.
@@ -46,12 +46,23 @@ pub struct Service {
     pub spec: ServiceSpec,
     /// Rises with each change of the spec.
     pub generation: u64,
-    /// The version that serves.
-    pub active: Option<Active>,
-    /// The version that served before.
+    /// Which versions serve, and how much.
+    pub traffic: Traffic,
+    /// Versions to keep ready, by number: those that `traffic` lists and the newest.
+    pub held: Vec<Held>,
+    /// What a rollback goes back to.
     pub previous: Option<VersionNumber>,
     /// When it was created.
     pub created: Timestamp,
+}
+
+impl Service {
+    /// The digest of a version that is kept ready.
+    #[must_use]
+    pub fn held(&self, number: VersionNumber) -> Option<Digest> {
+        let held = self.held.iter().find(|held| held.number == number);
+        held.map(|held| held.digest)
+    }
 }
 
 /// A version as it is stored.
@@ -136,6 +147,11 @@ pub enum Put<T> {
 }
 
 impl<T> Put<T> {
+    /// Whether anything is different from before.
+    pub const fn is_change(&self) -> bool {
+        !matches!(self, Self::Unchanged(_))
+    }
+
     /// The record.
     pub const fn record(&self) -> &T {
         match self {
@@ -169,6 +185,15 @@ pub struct Deleted<T> {
     pub record: T,
     /// Components that nothing refers to any more.
     pub unreferenced: Vec<Digest>,
+}
+
+/// A service whose traffic was set.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Switched {
+    /// The service, before.
+    pub before: Service,
+    /// The service, after.
+    pub service: Service,
 }
 
 /// A version that was added.

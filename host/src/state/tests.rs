@@ -8,7 +8,7 @@ const CAPACITY: u64 = 2_000;
 
 fn open(path: &std::path::Path) -> (DataDir, SqliteStore) {
     let data = DataDir::open(path).unwrap();
-    let store = SqliteStore::open(&data).unwrap();
+    let store = SqliteStore::open(&data, Health::default()).unwrap();
     (data, store)
 }
 
@@ -60,6 +60,10 @@ fn upload(content: u8) -> NewVersion {
     }
 }
 
+fn whole(version: u32) -> Traffic {
+    Traffic::whole(VersionNumber::new(version).unwrap())
+}
+
 const ALL: Page = Page {
     after: None,
     limit: 500,
@@ -109,7 +113,7 @@ fn a_restart_gives_the_same_content() {
         store.service(&name("a"), &name("web")).unwrap(),
         added.service
     );
-    assert_eq!(added.service.active.unwrap().number.get(), 2);
+    assert_eq!(added.service.traffic, whole(2));
     assert_eq!(added.service.previous.unwrap().get(), 1);
     assert_eq!(store.versions(service.id, &ALL).unwrap().items.len(), 2);
     assert_eq!(store.token_by_hash(&[9; 32]).unwrap(), Some(token));
@@ -296,7 +300,7 @@ fn old_versions_make_room_but_not_those_in_use() {
         [upload(0).digest],
         "version 2, the oldest that is not active"
     );
-    assert_eq!(added.service.active.unwrap().number.get(), 1);
+    assert_eq!(added.service.traffic, whole(1));
     assert_eq!(u64::from(added.version.number.get()), VERSIONS_KEPT + 2);
     let page = Page {
         after: None,
@@ -380,4 +384,158 @@ fn answers_are_remembered_for_a_day() {
     assert_eq!(store.remembered(&[1; 32], now()).unwrap(), Some(answer));
     let tomorrow = now().after(REMEMBERED_FOR);
     assert_eq!(store.remembered(&[1; 32], tomorrow).unwrap(), None);
+}
+
+#[test]
+fn traffic_is_split_among_versions_that_there_are() {
+    let path = tempfile::tempdir().unwrap();
+    let (data, mut store) = open(path.path());
+    put_tenant(&mut store, "a", "{}").unwrap();
+    let service = put_service(&mut store, "a", "web", "{}").unwrap().id;
+    for content in 1..=4 {
+        let activate = content == 1;
+        store
+            .add_version(service, &upload(content), activate, now())
+            .unwrap();
+    }
+    let read = |text: &str| serde_json::from_str::<Traffic>(text).unwrap();
+    let split = read(r#"{"1":90,"2":10,"3":0}"#);
+    let switched = store.set_traffic(service, &split).unwrap();
+    assert_eq!(switched.before.traffic, whole(1));
+    assert_eq!(switched.service.previous, VersionNumber::new(1));
+    let unknown = store.set_traffic(service, &read(r#"{"1":90,"9":10}"#));
+    assert!(matches!(unknown, Err(StoreError::NotFound("version"))));
+    drop((store, data));
+
+    let (_data, mut store) = open(path.path());
+    let found = store.service(&name("a"), &name("web")).unwrap();
+    assert_eq!(found, switched.service);
+    let held: Vec<u32> = found.held.iter().map(|held| held.number.get()).collect();
+    assert_eq!(held, [1, 2, 3, 4], "what is listed, and the newest");
+    let two = VersionNumber::new(2).unwrap();
+    assert_eq!(found.held(two), Some(upload(2).digest));
+    let restored = store.restore_traffic(&switched.before).unwrap();
+    assert_eq!((restored.traffic, restored.previous), (whole(1), None));
+    let deleted = store.delete_service(&name("a"), &name("web"), Precondition::None);
+    assert_eq!(deleted.unwrap().unreferenced.len(), 4);
+}
+
+#[test]
+fn a_version_with_a_share_is_never_pruned() {
+    let path = tempfile::tempdir().unwrap();
+    let (_data, mut store) = open(path.path());
+    put_tenant(&mut store, "a", "{}").unwrap();
+    let service = put_service(&mut store, "a", "web", "{}").unwrap().id;
+    for _ in 0..3 {
+        store.add_version(service, &upload(1), true, now()).unwrap();
+    }
+    let split = serde_json::from_str(r#"{"1":50,"2":50,"3":0}"#).unwrap();
+    store.set_traffic(service, &split).unwrap();
+    for _ in 0..VERSIONS_KEPT + 5 {
+        store
+            .add_version(service, &upload(2), false, now())
+            .unwrap();
+    }
+    assert_eq!(
+        store.service(&name("a"), &name("web")).unwrap().traffic,
+        split
+    );
+    let versions = store.versions(service, &ALL).unwrap().items;
+    let oldest: Vec<u32> = versions
+        .iter()
+        .rev()
+        .map(|v| v.number.get())
+        .take(4)
+        .collect();
+    assert_eq!(oldest[..3], [1, 2, 3]);
+    assert!(oldest[3] > 4, "{oldest:?}");
+}
+
+#[test]
+fn several_changes_are_one_or_none() {
+    let path = tempfile::tempdir().unwrap();
+    let (data, mut sqlite) = open(path.path());
+    let store: &mut dyn Store = &mut sqlite;
+    let spec = tenant_spec("{}");
+    let put = |store: &mut dyn Store, tenant: &str| {
+        store.put_tenant(&name(tenant), &spec, Precondition::Absent, CAPACITY, now())
+    };
+    let answer = Remembered {
+        key: [1; 32],
+        body: [2; 32],
+        status: 201,
+        answer: "{}".to_owned(),
+    };
+    let failed = store.in_one(|store| {
+        put(store, "a")?;
+        store.remember(&answer, now())?;
+        put(store, "a").map(drop)
+    });
+    assert!(matches!(failed, Err(StoreError::Precondition { .. })));
+    assert!(store.tenant(&name("a")).is_err(), "nothing of it was kept");
+    assert_eq!(store.remembered(&[1; 32], now()).unwrap(), None);
+    store
+        .in_one(|store| {
+            put(store, "a")?;
+            assert!(put(store, "a").is_err(), "a part can fail by itself");
+            store.remember(&answer, now())
+        })
+        .unwrap();
+    put(store, "b").unwrap();
+    drop((sqlite, data));
+    let (_data, mut store) = open(path.path());
+    assert!(store.tenant(&name("a")).is_ok() && store.tenant(&name("b")).is_ok());
+    assert_eq!(store.remembered(&[1; 32], now()).unwrap(), Some(answer));
+    store.forget(&[1; 32]).unwrap();
+    assert_eq!(store.remembered(&[1; 32], now()).unwrap(), None);
+}
+
+#[test]
+fn a_stopped_state_is_read_and_not_written() {
+    let path = tempfile::tempdir().unwrap();
+    let data = DataDir::open(path.path()).unwrap();
+    let health = Health::default();
+    let mut store = SqliteStore::open(&data, health.clone()).unwrap();
+    put_tenant(&mut store, "a", "{}").unwrap();
+    health.stop("on purpose");
+    let refused = put_tenant(&mut store, "b", "{}").unwrap_err();
+    assert!(refused.to_string().contains("on purpose"), "{refused}");
+    let store: &mut dyn Store = &mut store;
+    assert!(matches!(
+        store.in_one(|_| Ok(())),
+        Err(StoreError::Stopped(_))
+    ));
+    assert!(store.tenant(&name("a")).is_ok());
+    let mut files = Blobs::open(&data, "c", health).unwrap();
+    assert!(files.create().is_err());
+}
+
+#[test]
+fn the_audit_log_is_read_newest_first_and_by_tenant() {
+    let path = tempfile::tempdir().unwrap();
+    let (_data, mut store) = open(path.path());
+    let entry = |operation: &str, tenant: Option<u64>| Audit {
+        token: Some(1),
+        actor: "admin".to_owned(),
+        peer: Some("127.0.0.1:1".to_owned()),
+        operation: operation.to_owned(),
+        tenant: tenant.map(|id| (TenantId::new(id), name("a"))),
+        subject: "a/web".to_owned(),
+        before: None,
+        after: Some(serde_json::json!({"x": 1})),
+    };
+    for (operation, tenant) in [("one", Some(1)), ("two", None), ("three", Some(2))] {
+        store.audit(&entry(operation, tenant), now()).unwrap();
+    }
+    let page = Page {
+        after: None,
+        limit: 2,
+    };
+    let first = store.audits(None, &page).unwrap();
+    assert_eq!(first.items[0].audit, entry("three", Some(2)));
+    let after = first.next;
+    let rest = store.audits(None, &Page { after, limit: 2 }).unwrap();
+    assert_eq!((rest.items.len(), rest.next), (1, None));
+    let own = store.audits(Some(TenantId::new(1)), &ALL).unwrap();
+    assert_eq!(own.items.len(), 1);
 }

@@ -192,6 +192,11 @@ fn the_verbs_do_what_the_api_does() {
         active(&json_of(&host, &["traffic", "demo/hello", "2=100"])),
         [json!(2)]
     );
+    let split = json_of(&host, &["traffic", "demo/hello", "1=90", "2=10"]);
+    assert_eq!(active(&split), [json!(2), json!(1)]);
+    let service = json_of(&host, &["services", "show", "demo/hello"]);
+    assert_eq!(service["traffic"], json!({"1": 90, "2": 10}));
+    done(&host, &["traffic", "demo/hello", "2=100"]);
 
     let echo = guests::path("echo").display().to_string();
     done(
@@ -575,7 +580,8 @@ fn up_builds_a_project_and_prints_where_it_answers() {
     assert_eq!(ask().text(), "Hello from Insula\n");
 
     // What it says to type works as it stands, from another terminal.
-    let line = up.line("insula usage demo", Duration::from_secs(10));
+    // However the program under test is called.
+    let line = up.line(" usage demo", Duration::from_secs(10));
     let words = line
         .strip_prefix("and")
         .expect("a command")

@@ -22,6 +22,9 @@ pub(crate) async fn health(_: Rc<Control>, _: Call) -> Answer {
 
 /// Everything that is intended is served.
 pub(crate) async fn ready(control: Rc<Control>, _: Call) -> Answer {
+    if let Some(reason) = control.health.stopped() {
+        return Err(Problem::state_stopped(reason));
+    }
     let waiting = match control.readiness.get() {
         Readiness::Ready => return Ok(Reply::text("text/plain", "ready\n".to_owned())),
         Readiness::Reconciling => "services are being started",
@@ -109,6 +112,11 @@ async fn own_families(control: &Control) -> Result<String, Problem> {
             "insula_host_memory_committed_bytes",
             "Sum of the tenants' memory limits.",
             format!(" {}", commitments.memory_bytes),
+        ),
+        (
+            "insula_state_stopped",
+            "Whether the state takes no more changes since the disk failed: 1 needs an operator.",
+            format!(" {}", u8::from(control.health.stopped().is_some())),
         ),
         (
             "insula_host_kvm",

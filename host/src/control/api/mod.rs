@@ -1,5 +1,7 @@
 //! The handlers, one file per resource.
 
+pub(super) mod audit;
+pub(super) mod backup;
 pub(super) mod host;
 pub(super) mod services;
 pub(super) mod streams;

@@ -7,12 +7,14 @@ use http::header::LOCATION;
 use insula_types::TenantName;
 use insula_types::spec::ServiceSpec;
 
+use crate::control::changes::optional;
 use crate::control::deploy::apply_service;
+use crate::control::documents::Urls;
 use crate::control::http_types::{Call, PAGE_MAX, Reply, list};
 use crate::control::problem::{Answer, Code, Problem};
 use crate::control::{Control, documents};
 use crate::messages::ToData;
-use crate::state::{Page, Put, Service, Timestamp};
+use crate::state::{Page, Put, Service};
 
 impl Control {
     /// All services of a tenant.
@@ -51,30 +53,39 @@ pub(crate) async fn index(control: Rc<Control>, call: Call) -> Answer {
     let services = control
         .store(move |store| store.services(&tenant, &page))
         .await?;
+    let urls = Urls::new(&control);
     let items = services
         .items
         .iter()
-        .map(|one| documents::service(&control, one))
+        .map(|one| documents::service(&urls, one))
         .collect();
     Ok(list(items, services.next))
 }
 
 pub(crate) async fn get(control: Rc<Control>, call: Call) -> Answer {
     let service = control.service_of(&call).await?;
-    Ok(Reply::ok(&documents::service(&control, &service)).etag(service.generation))
+    Ok(Reply::ok(&documents::service(&Urls::new(&control), &service)).etag(service.generation))
 }
 
 pub(crate) async fn put(control: Rc<Control>, mut call: Call) -> Answer {
     let (tenant, name) = (call.tenant()?, call.service()?);
     let precondition = call.precondition()?;
+    let actor = call.actor()?;
     let spec: ServiceSpec = call
         .spec(name.as_str(), documents::SERVICE_READ_ONLY)
         .await?;
     refuse_own_hosts(&control.config.domain, &spec)?;
     let _mutation = control.mutation.lock().await;
     let put = control
-        .store(move |store| {
-            store.put_service(&tenant, &name, &spec, precondition, Timestamp::now())
+        .change(move |store, now| {
+            let before = optional(store.service(&tenant, &name))?;
+            let put = store.put_service(&tenant, &name, &spec, precondition, now)?;
+            let before = before.as_ref().map(documents::service_record);
+            let after = Some(documents::service_record(put.record()));
+            let audit = put
+                .is_change()
+                .then(|| actor.service(put.record(), before, after));
+            Ok((put, audit))
         })
         .await?;
     let service = put.record();
@@ -84,7 +95,7 @@ pub(crate) async fn put(control: Rc<Control>, mut call: Call) -> Answer {
         .add_service(service.tenant, service.id);
     control.logs.borrow_mut().add_service(service.id);
     apply_service(&control, service).await?;
-    let document = documents::service(&control, service);
+    let document = documents::service(&Urls::new(&control), service);
     let reply = match &put {
         Put::Created(_) => {
             control.events.service("service.created", service, None);
@@ -121,9 +132,15 @@ fn refuse_own_hosts(domain: &str, spec: &ServiceSpec) -> Result<(), Problem> {
 pub(crate) async fn delete(control: Rc<Control>, call: Call) -> Answer {
     let (tenant, name) = (call.tenant()?, call.service()?);
     let precondition = call.precondition()?;
+    let actor = call.actor()?;
     let _mutation = control.mutation.lock().await;
     let deleted = control
-        .store(move |store| store.delete_service(&tenant, &name, precondition))
+        .change(move |store, _| {
+            let deleted = store.delete_service(&tenant, &name, precondition)?;
+            let before = documents::service_record(&deleted.record);
+            let audit = actor.service(&deleted.record, Some(before), None);
+            Ok((deleted, Some(audit)))
+        })
         .await?;
     let service = deleted.record;
     let applied = control.link.apply(ToData::DropService(service.id)).await;
@@ -135,6 +152,7 @@ pub(crate) async fn delete(control: Rc<Control>, call: Call) -> Answer {
         .ledger
         .borrow_mut()
         .retire_service(service.tenant, service.id);
+    control.trials.borrow_mut().remove(service.id);
     control.logs.borrow_mut().remove_service(service.id);
     control.remove_files(deleted.unreferenced).await;
     control.events.service("service.deleted", &service, None);

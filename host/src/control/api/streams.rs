@@ -4,14 +4,13 @@ use std::rc::Rc;
 use std::time::Duration;
 
 use bytes::Bytes;
-use futures::stream;
+use futures::{StreamExt, stream};
 use tokio::sync::broadcast::error::RecvError;
-use tokio::sync::watch;
 
-use crate::control::Control;
 use crate::control::http_types::{Call, Reply};
 use crate::control::logs::LINES_MAX;
 use crate::control::problem::{Answer, Code, Problem};
+use crate::control::{Control, auth};
 
 /// How often a silent event stream shows that it lives.
 const KEEP_ALIVE: Duration = Duration::from_secs(15);
@@ -39,9 +38,18 @@ impl Drop for Place {
     }
 }
 
-async fn stopped(stopping: &mut watch::Receiver<bool>) {
-    // An error means that the host is gone, which is the same.
-    let _ = stopping.wait_for(|stopping| *stopping).await;
+/// When an answer that goes on has to end: the host stops, or its token is not valid any more.
+fn ended(control: &Rc<Control>, token: u64) -> impl Future<Output = ()> + 'static {
+    let mut stopping = control.stopping.subscribe();
+    let control = Rc::clone(control);
+    async move {
+        // Both branches only wait.
+        tokio::select! {
+            // An error means that the host is gone, which is the same.
+            _ = stopping.wait_for(|stopping| *stopping) => {}
+            () = auth::until_invalid(&control, token) => {}
+        }
+    }
 }
 
 /// The last lines of a service; with `follow` also those to come.
@@ -59,28 +67,23 @@ pub(crate) async fn logs(control: Rc<Control>, call: Call) -> Answer {
         return Ok(Reply::stream(TYPE, stream::iter([chunk])));
     }
     let place = Place::take(&control)?;
-    let stopping = control.stopping.subscribe();
-    let chunks = stream::unfold((log, start, stopping, place), |state| async move {
-        let (log, from, mut stopping, place) = state;
-        // Both branches only wait: nothing is lost when the other one ends the wait.
-        let (chunk, next) = tokio::select! {
-            lines = log.follow(from) => lines?,
-            () = stopped(&mut stopping) => return None,
-        };
-        Some((chunk, (log, next, stopping, place)))
+    let ended = ended(&control, call.caller()?.token);
+    let chunks = stream::unfold((log, start, place), |(log, from, place)| async move {
+        let (chunk, next) = log.follow(from).await?;
+        Some((chunk, (log, next, place)))
     });
-    Ok(Reply::stream(TYPE, chunks))
+    Ok(Reply::stream(TYPE, chunks.take_until(ended)))
 }
 
 /// Changes of state, as server-sent events.
 pub(crate) async fn events(control: Rc<Control>, call: Call) -> Answer {
     let scope = call.caller()?.scope.clone();
     let place = Place::take(&control)?;
-    let stopping = control.stopping.subscribe();
+    let ended = ended(&control, call.caller()?.token);
     let receiver = control.events.subscribe();
     let hello = stream::iter([Bytes::from_static(b": listening\n\n")]);
-    let chunks = stream::unfold((receiver, scope, stopping, place), |state| async move {
-        let (mut receiver, scope, mut stopping, place) = state;
+    let chunks = stream::unfold((receiver, scope, place), |state| async move {
+        let (mut receiver, scope, place) = state;
         let text = loop {
             // Each branch only waits: nothing is lost when another one ends the wait.
             tokio::select! {
@@ -93,11 +96,10 @@ pub(crate) async fn events(control: Rc<Control>, call: Call) -> Answer {
                     Err(RecvError::Closed) => return None,
                 },
                 () = tokio::time::sleep(KEEP_ALIVE) => break ": alive\n\n".to_owned(),
-                () = stopped(&mut stopping) => return None,
             }
         };
-        Some((Bytes::from(text), (receiver, scope, stopping, place)))
+        Some((Bytes::from(text), (receiver, scope, place)))
     });
-    let chunks = futures::StreamExt::chain(hello, chunks);
+    let chunks = hello.chain(chunks).take_until(ended);
     Ok(Reply::stream("text/event-stream", chunks).header(http::header::CACHE_CONTROL, "no-store"))
 }

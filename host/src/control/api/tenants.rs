@@ -6,11 +6,12 @@ use http::StatusCode;
 use http::header::LOCATION;
 use insula_types::TenantSpec;
 
+use crate::control::changes::optional;
 use crate::control::http_types::{Call, Reply, list};
 use crate::control::problem::Answer;
 use crate::control::{Control, documents};
 use crate::messages::ToData;
-use crate::state::{Listed, Put, Scope, Timestamp};
+use crate::state::{Listed, Put, Scope};
 
 /// A tenant's token sees its own tenant only.
 pub(crate) async fn index(control: Rc<Control>, call: Call) -> Answer {
@@ -40,14 +41,22 @@ pub(crate) async fn get(control: Rc<Control>, call: Call) -> Answer {
 pub(crate) async fn put(control: Rc<Control>, mut call: Call) -> Answer {
     let name = call.tenant()?;
     let precondition = call.precondition()?;
+    let actor = call.actor()?;
     let spec: TenantSpec = call
         .spec(name.as_str(), documents::TENANT_READ_ONLY)
         .await?;
     let capacity = control.config.capacity_millicores();
     let _mutation = control.mutation.lock().await;
     let put = control
-        .store(move |store| {
-            store.put_tenant(&name, &spec, precondition, capacity, Timestamp::now())
+        .change(move |store, now| {
+            let before = optional(store.tenant(&name))?;
+            let put = store.put_tenant(&name, &spec, precondition, capacity, now)?;
+            let before = before.as_ref().map(documents::tenant);
+            let after = Some(documents::tenant(put.record()));
+            let audit = put
+                .is_change()
+                .then(|| actor.tenant(put.record(), before, after));
+            Ok((put, audit))
         })
         .await?;
     let tenant = put.record();
@@ -77,15 +86,22 @@ pub(crate) async fn put(control: Rc<Control>, mut call: Call) -> Answer {
 pub(crate) async fn delete(control: Rc<Control>, call: Call) -> Answer {
     let name = call.tenant()?;
     let precondition = call.precondition()?;
+    let actor = call.actor()?;
     let _mutation = control.mutation.lock().await;
     let services = control.all_services(&name).await?;
     let deleted = control
-        .store(move |store| store.delete_tenant(&name, precondition))
+        .change(move |store, _| {
+            let deleted = store.delete_tenant(&name, precondition)?;
+            let before = documents::tenant(&deleted.record);
+            let audit = actor.tenant(&deleted.record, Some(before), None);
+            Ok((deleted, Some(audit)))
+        })
         .await?;
     let tenant = deleted.record;
     let applied = control.link.apply(ToData::DropTenant(tenant.id)).await;
     control.ledger.borrow_mut().remove_tenant(tenant.id);
     for service in services {
+        control.trials.borrow_mut().remove(service.id);
         control.logs.borrow_mut().remove_service(service.id);
     }
     control.remove_files(deleted.unreferenced).await;

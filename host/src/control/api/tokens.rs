@@ -11,7 +11,7 @@ use crate::control::auth::{self, Caller};
 use crate::control::http_types::{Call, Reply, list};
 use crate::control::problem::{Answer, Code, Problem};
 use crate::control::{Control, documents, idempotency};
-use crate::state::{Access, NewToken, Scope, Timestamp};
+use crate::state::{Access, NewToken, Scope, Timestamp, Token};
 
 /// Longest life that a token can be given: ten years.
 const TTL_MAX_SECONDS: u64 = 10 * 365 * 24 * 3_600;
@@ -40,6 +40,14 @@ enum RequestedScope {
 enum RequestedAccess {
     Read,
     Write,
+}
+
+/// The tenant that a token belongs to.
+fn owner(token: &Token) -> Option<(TenantId, TenantName)> {
+    match &token.scope {
+        Scope::Host => None,
+        Scope::Tenant(id, name) => Some((*id, name.clone())),
+    }
 }
 
 /// The tenant whose tokens a caller may see; `None` for all.
@@ -74,13 +82,20 @@ pub(crate) async fn create(control: Rc<Control>, mut call: Call) -> Answer {
     let now = Timestamp::now();
     let secret = auth::new_secret()?;
     let token = checked(request, call.caller()?, auth::hash(&secret), now)?;
-    let token = control
-        .store(move |store| store.add_token(&token, now))
+    let actor = call.actor()?;
+    let remember = keyed.as_ref().map(|keyed| keyed.remember(body));
+    let mut document = control
+        .change(move |store, now| {
+            let token = store.add_token(&token, now)?;
+            let document = documents::token(&token);
+            if let Some(remember) = remember {
+                remember.answer(store, StatusCode::CREATED, &document, now)?;
+            }
+            let after = Some(document.clone());
+            let audit = actor.token(token.id, owner(&token), None, after);
+            Ok((document, Some(audit)))
+        })
         .await?;
-    let mut document = documents::token(&token);
-    if let Some(keyed) = keyed {
-        keyed.remember(body, StatusCode::CREATED, &document).await;
-    }
     document["secret"] = secret.into();
     control.events.host("token.created");
     Ok(Reply::json(StatusCode::CREATED, &document))
@@ -139,8 +154,14 @@ fn checked(
 pub(crate) async fn delete(control: Rc<Control>, call: Call) -> Answer {
     let id = call.params.id.ok_or_else(|| Problem::not_found("token"))?;
     let own = own(call.caller()?);
+    let actor = call.actor()?;
     control
-        .store(move |store| store.delete_token(id, own, Timestamp::now()))
+        .change(move |store, now| {
+            let token = store.delete_token(id, own, now)?;
+            let before = Some(documents::token(&token));
+            let audit = actor.token(token.id, owner(&token), before, None);
+            Ok(((), Some(audit)))
+        })
         .await?;
     control.events.host("token.deleted");
     Ok(Reply::no_content())

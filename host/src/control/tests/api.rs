@@ -227,7 +227,7 @@ fn versions_switch() {
     assert_eq!(second.expect(201).json()["active"], false);
     assert_eq!(rig.get(WEB).json()["active_version"], 1);
     traffic(r#"{"2":100}"#).expect(200);
-    traffic(r#"{"1":50,"2":50}"#).refused(422, "unsupported");
+    traffic(r#"{"1":50,"2":49}"#).refused(422, "invalid_spec");
     traffic(r#"{"9":100}"#).refused(422, "unknown_version");
     assert_eq!(post("rollback").expect(200).json()["active_version"], 1);
     let versions = rig.get(&format!("{WEB}/versions")).json();
@@ -247,10 +247,59 @@ fn versions_switch() {
         rig.seen()[3..],
         [
             "service web v1 sealed:compiled:one",
+            "service web v1 sealed:compiled:one v2=preview sealed:compiled:two",
             "service web v2 sealed:compiled:two",
-            "service web v1 sealed:compiled:one"
+            "service web v1 sealed:compiled:one v2=preview sealed:compiled:two"
         ]
     );
+}
+
+#[test]
+fn traffic_is_split() {
+    let dir = tempfile::tempdir().unwrap();
+    let rig = Rig::with_service(dir.path());
+    for component in ["one", "two", "three"] {
+        rig.upload(component).expect(201);
+    }
+    let path = format!("{WEB}/traffic");
+    let split = json!({"1": 0, "2": 90, "3": 10});
+    assert_eq!(rig.put(&path, &split.to_string()).expect(200).json(), split);
+    assert_eq!(
+        rig.seen().last().unwrap(),
+        "service web v1=0 sealed:compiled:one v2=90 sealed:compiled:two v3=10 sealed:compiled:three"
+    );
+    let service = rig.get(WEB).json();
+    assert_eq!(service["traffic"], split);
+    assert_eq!(
+        (&service["active_version"], &service["previous_version"]),
+        (&json!(2), &json!(3)),
+        "version 3 had everything before"
+    );
+    // The document that was read can be put.
+    rig.put(WEB, &service.to_string()).expect(200);
+    let versions = rig.get(&format!("{WEB}/versions")).json();
+    let shown = &versions["items"];
+    assert_eq!(
+        (&shown[0]["percent"], &shown[0]["active"]),
+        (&json!(10), &json!(true))
+    );
+    assert_eq!(
+        (&shown[2]["percent"], &shown[2]["active"]),
+        (&json!(0), &json!(false))
+    );
+    assert_eq!(
+        shown[2]["preview_url"],
+        "http://v1.web.acme.localhost:8080/"
+    );
+    rig.fake
+        .refuse
+        .store(true, std::sync::atomic::Ordering::SeqCst);
+    rig.put(&path, r#"{"1":100}"#).refused(500, "not_activated");
+    assert_eq!(rig.get(WEB).json()["traffic"], split, "taken back");
+    rig.stop();
+
+    let rig = Rig::start(dir.path());
+    assert_eq!(rig.get(WEB).json()["traffic"], split, "survives a restart");
 }
 
 #[test]

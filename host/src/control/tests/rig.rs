@@ -34,6 +34,8 @@ pub(super) struct Fake {
     pub(super) seen: Mutex<Vec<String>>,
     /// Delivered with the next collection.
     pub(super) usage: Mutex<Vec<UsageDelta>>,
+    /// Delivered with the next collection, too.
+    pub(super) conduct: Mutex<Vec<crate::messages::VersionDelta>>,
     /// Services with an active version are refused.
     pub(super) refuse: std::sync::atomic::AtomicBool,
 }
@@ -48,7 +50,11 @@ impl Fake {
                 let metrics = "# TYPE fake gauge\nfake 1\n".to_owned();
                 return FromData::Collected {
                     seq,
-                    collected: Box::new(Collected { usage, metrics }),
+                    collected: Box::new(Collected {
+                        usage,
+                        versions: std::mem::take(&mut *self.conduct.lock().unwrap()),
+                        metrics,
+                    }),
                 };
             }
             ToData::Tenant { name, .. } => format!("tenant {name}"),
@@ -56,25 +62,35 @@ impl Fake {
             ToData::DropService(id) => format!("drop service {id}"),
             ToData::Open => "open".to_owned(),
             ToData::Drain { deadline } => format!("drain {deadline:?}"),
-            ToData::Service(intent) => match intent.active {
-                None => format!("service {} dark", intent.name),
-                Some(active) => {
-                    if self.refuse.load(Ordering::SeqCst) {
+            ToData::Service(intent) => {
+                let serving = |number| intent.traffic.share(number).unwrap_or(0) > 0;
+                let mut note = format!("service {}", intent.name);
+                if intent.traffic.is_none() {
+                    note.push_str(" dark");
+                }
+                for version in intent.versions {
+                    let shown = match intent.traffic.share(version.number) {
+                        Some(100) => String::new(),
+                        Some(percent) => format!("={percent}"),
+                        None => "=preview".to_owned(),
+                    };
+                    if serving(version.number) && self.refuse.load(Ordering::SeqCst) {
                         let reason = "on purpose".to_owned();
                         result = Err(Refusal::ArtefactRefused {
-                            digest: active.digest,
+                            digest: version.digest,
                             reason,
                         });
                     }
                     let mut artefact = String::new();
-                    active
+                    version
                         .artefact
                         .unwrap()
                         .read_to_string(&mut artefact)
                         .unwrap();
-                    format!("service {} v{} {artefact}", intent.name, active.number)
+                    note.push_str(&format!(" v{}{shown} {artefact}", version.number));
                 }
-            },
+                note
+            }
         };
         self.seen.lock().unwrap().push(note);
         FromData::Done { seq, result }

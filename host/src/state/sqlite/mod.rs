@@ -3,10 +3,12 @@
 //! Each record has a file of its own below; this one opens the database and says how values are
 //! written. The connection is owned by one thread, so that `&mut self` is the only lock.
 
+mod audit;
 mod schema;
 mod services;
 mod tenants;
 mod tokens;
+mod traffic;
 mod usage;
 mod versions;
 
@@ -14,19 +16,25 @@ use std::collections::HashSet;
 use std::str::FromStr;
 
 use insula_types::{
-    Digest, ServiceId, ServiceName, ServiceSpec, TenantId, TenantName, TenantSpec, VersionNumber,
+    Digest, ServiceId, ServiceName, ServiceSpec, TenantId, TenantName, TenantSpec, Traffic,
+    VersionNumber,
 };
 use rusqlite::types::Type;
-use rusqlite::{Connection, OpenFlags, Row, Transaction, TransactionBehavior};
+use rusqlite::{
+    Connection, ErrorCode, OpenFlags, Row, Savepoint, Transaction, TransactionBehavior, ffi,
+};
 
 use super::{
-    AddedVersion, Commitments, DataDir, Deleted, Listed, NewToken, NewVersion, Page, Precondition,
-    Put, Remembered, Service, Store, StoreError, StoredUsage, Tenant, Timestamp, Token, TokenHash,
-    UsageTotals, Version,
+    AddedVersion, Audit, AuditEntry, Commitments, DataDir, Deleted, Health, Listed, NewToken,
+    NewVersion, Page, Precondition, Put, Remembered, Service, Store, StoreError, StoredUsage,
+    Switched, TemporaryDir, Tenant, Timestamp, Token, TokenHash, UsageTotals, Version,
 };
 
 /// The database's file in the data directory.
 const FILE: &str = "state.db";
+
+/// Where a copy of it is made; its name is gone before anybody reads it.
+const COPY: &str = "copy.db";
 
 /// Why the database cannot be used.
 #[derive(Debug, thiserror::Error)]
@@ -54,6 +62,36 @@ pub enum OpenError {
 #[derive(Debug)]
 pub struct SqliteStore {
     connection: Connection,
+    health: Health,
+    /// Whether [`Store::atomically`] has begun a transaction.
+    within: bool,
+}
+
+/// A change: a transaction of its own, or a part of one that can be taken back by itself.
+enum Write<'a> {
+    Whole(Transaction<'a>),
+    Part(Savepoint<'a>),
+}
+
+impl Write<'_> {
+    fn commit(self) -> Result<(), StoreError> {
+        match self {
+            Self::Whole(transaction) => transaction.commit()?,
+            Self::Part(savepoint) => savepoint.commit()?,
+        }
+        Ok(())
+    }
+}
+
+impl std::ops::Deref for Write<'_> {
+    type Target = Connection;
+
+    fn deref(&self) -> &Connection {
+        match self {
+            Self::Whole(transaction) => transaction,
+            Self::Part(savepoint) => savepoint,
+        }
+    }
 }
 
 impl SqliteStore {
@@ -61,15 +99,43 @@ impl SqliteStore {
     ///
     /// # Errors
     /// [`OpenError`].
-    pub fn open(data: &DataDir) -> Result<Self, OpenError> {
-        // Made by us first, so that it and its journal are 0600.
-        data.touch(FILE)?;
-        let flags = OpenFlags::SQLITE_OPEN_READ_WRITE | OpenFlags::SQLITE_OPEN_NO_MUTEX;
-        let connection = Connection::open_with_flags(data.database_path(FILE), flags)?;
-        Self::prepare(connection)
+    pub fn open(data: &DataDir, health: Health) -> Result<Self, OpenError> {
+        Self::open_file(data, FILE, health)
     }
 
-    fn prepare(mut connection: Connection) -> Result<Self, OpenError> {
+    /// Opens a database under another name.
+    pub(super) fn open_file(data: &DataDir, name: &str, health: Health) -> Result<Self, OpenError> {
+        // Made by us first, so that it and its journal are 0600.
+        data.touch(name)?;
+        let flags = OpenFlags::SQLITE_OPEN_READ_WRITE | OpenFlags::SQLITE_OPEN_NO_MUTEX;
+        let connection = Connection::open_with_flags(data.database_path(name), flags)?;
+        Self::prepare(connection, health)
+    }
+
+    /// Whether the file is what SQLite wrote, and every reference leads somewhere.
+    pub(super) fn check(&self) -> Result<(), String> {
+        let words = |error: rusqlite::Error| error.to_string();
+        let query = "PRAGMA integrity_check(1)";
+        let integrity: String = self
+            .connection
+            .query_row(query, [], |row| row.get(0))
+            .map_err(words)?;
+        if integrity != "ok" {
+            return Err(integrity);
+        }
+        let query = "SELECT count(*) FROM pragma_foreign_key_check";
+        let dangling: i64 = self
+            .connection
+            .query_row(query, [], |row| row.get(0))
+            .map_err(words)?;
+        if dangling == 0 {
+            Ok(())
+        } else {
+            Err(format!("{dangling} records refer to nothing"))
+        }
+    }
+
+    fn prepare(mut connection: Connection, health: Health) -> Result<Self, OpenError> {
         connection.busy_timeout(std::time::Duration::from_secs(5))?;
         connection.execute_batch(
             "PRAGMA journal_mode = WAL; PRAGMA synchronous = FULL; PRAGMA foreign_keys = ON;
@@ -77,20 +143,53 @@ impl SqliteStore {
         )?;
         schema::migrate(&mut connection)?;
         connection.set_prepared_statement_cache_capacity(64);
-        Ok(Self { connection })
+        Ok(Self {
+            connection,
+            health,
+            within: false,
+        })
     }
 
     /// A transaction that takes the write lock at its beginning.
-    fn write(&mut self) -> Result<Transaction<'_>, StoreError> {
-        Ok(self
-            .connection
-            .transaction_with_behavior(TransactionBehavior::Immediate)?)
+    fn write(&mut self) -> Result<Write<'_>, StoreError> {
+        self.health.check()?;
+        if self.within {
+            return Ok(Write::Part(self.connection.savepoint()?));
+        }
+        let behavior = TransactionBehavior::Immediate;
+        Ok(Write::Whole(
+            self.connection.transaction_with_behavior(behavior)?,
+        ))
+    }
+
+    fn end(&mut self, result: Result<(), StoreError>) -> Result<(), StoreError> {
+        self.within = false;
+        let ended = match &result {
+            Ok(()) => self.connection.execute_batch("COMMIT"),
+            Err(_) => Ok(()),
+        };
+        // Some errors have ended the transaction already.
+        if !self.connection.is_autocommit() {
+            self.connection.execute_batch("ROLLBACK")?;
+        }
+        result.and(ended.map_err(Into::into))
     }
 }
 
 impl From<rusqlite::Error> for StoreError {
     fn from(error: rusqlite::Error) -> Self {
-        Self::Backend(Box::new(error))
+        let rusqlite::Error::SqliteFailure(failure, _) = &error else {
+            return Self::Backend(Box::new(error));
+        };
+        match (failure.code, failure.extended_code) {
+            // The shared memory of the log could not grow.
+            (ErrorCode::DiskFull, _) | (_, ffi::SQLITE_IOERR_SHMSIZE) => Self::NoSpace,
+            (
+                ErrorCode::SystemIoFailure | ErrorCode::DatabaseCorrupt | ErrorCode::NotADatabase,
+                _,
+            ) => Self::Disk(error.to_string()),
+            _ => Self::Backend(Box::new(error)),
+        }
     }
 }
 
@@ -151,6 +250,17 @@ fn listed<T>(
 
 /// The trait, method by method, from the files below.
 impl Store for SqliteStore {
+    fn atomically(
+        &mut self,
+        job: &mut dyn FnMut(&mut dyn Store) -> Result<(), StoreError>,
+    ) -> Result<(), StoreError> {
+        self.health.check()?;
+        self.connection.execute_batch("BEGIN IMMEDIATE")?;
+        self.within = true;
+        let result = job(self);
+        self.end(result)
+    }
+
     fn tenants(&mut self, page: &Page) -> Result<Listed<Tenant>, StoreError> {
         tenants::list(&self.connection, page)
     }
@@ -199,6 +309,10 @@ impl Store for SqliteStore {
 
     fn service(&mut self, tenant: &TenantName, name: &ServiceName) -> Result<Service, StoreError> {
         services::find(&self.connection, tenant, name)?.ok_or(StoreError::NotFound("service"))
+    }
+
+    fn service_by_id(&mut self, id: ServiceId) -> Result<Service, StoreError> {
+        services::by_id(&self.connection, id)
     }
 
     fn put_service(
@@ -252,14 +366,20 @@ impl Store for SqliteStore {
         Ok(added)
     }
 
-    fn set_active(
+    fn set_traffic(
         &mut self,
         service: ServiceId,
-        active: Option<VersionNumber>,
-        previous: Option<VersionNumber>,
-    ) -> Result<Service, StoreError> {
+        traffic: &Traffic,
+    ) -> Result<Switched, StoreError> {
         let write = self.write()?;
-        let service = versions::set_active(&write, service, active, previous)?;
+        let switched = traffic::set(&write, service, traffic)?;
+        write.commit()?;
+        Ok(switched)
+    }
+
+    fn restore_traffic(&mut self, before: &Service) -> Result<Service, StoreError> {
+        let write = self.write()?;
+        let service = traffic::restore(&write, before)?;
         write.commit()?;
         Ok(service)
     }
@@ -278,6 +398,10 @@ impl Store for SqliteStore {
 
     fn token_by_hash(&mut self, hash: &TokenHash) -> Result<Option<Token>, StoreError> {
         tokens::by_hash(&self.connection, hash)
+    }
+
+    fn token_is_valid(&mut self, id: u64, now: Timestamp) -> Result<bool, StoreError> {
+        tokens::is_valid(&self.connection, id, now)
     }
 
     fn add_token(&mut self, token: &NewToken, now: Timestamp) -> Result<Token, StoreError> {
@@ -301,6 +425,18 @@ impl Store for SqliteStore {
 
     fn has_admin_token(&mut self, now: Timestamp) -> Result<bool, StoreError> {
         tokens::has_admin(&self.connection, now)
+    }
+
+    fn copy(&mut self, temporary: &TemporaryDir) -> Result<std::fs::File, StoreError> {
+        let failed = |error: std::io::Error| StoreError::Backend(Box::new(error));
+        // Made by us first, so that it is 0600; SQLite takes an empty file.
+        let path = temporary.make(COPY).map_err(failed)?;
+        let copied = self
+            .connection
+            .execute("VACUUM INTO ?1", [path.to_string_lossy()]);
+        let file = temporary.take(COPY).map_err(failed)?;
+        copied?;
+        Ok(file)
     }
 
     fn usage(&mut self) -> Result<Vec<StoredUsage>, StoreError> {
@@ -330,5 +466,25 @@ impl Store for SqliteStore {
         tokens::remember(&write, answer, now)?;
         write.commit()?;
         Ok(())
+    }
+
+    fn forget(&mut self, key: &[u8; 32]) -> Result<(), StoreError> {
+        let write = self.write()?;
+        write.execute("DELETE FROM remembered WHERE key = ?1", [key])?;
+        write.commit()
+    }
+
+    fn audit(&mut self, audit: &Audit, now: Timestamp) -> Result<(), StoreError> {
+        let write = self.write()?;
+        audit::add(&write, audit, now)?;
+        write.commit()
+    }
+
+    fn audits(
+        &mut self,
+        tenant: Option<TenantId>,
+        page: &Page,
+    ) -> Result<Listed<AuditEntry>, StoreError> {
+        audit::list(&self.connection, tenant, page)
     }
 }

@@ -5,7 +5,8 @@ use rusqlite::{Connection, TransactionBehavior};
 use super::OpenError;
 
 /// Each is applied once, in order, in a transaction of its own. Never edit one that was released.
-pub(super) const MIGRATIONS: &[&str] = &["
+const MIGRATIONS: &[&str] = &[
+    "
 CREATE TABLE tenants (
     id INTEGER PRIMARY KEY AUTOINCREMENT,
     name TEXT NOT NULL UNIQUE,
@@ -85,7 +86,43 @@ CREATE TABLE remembered (
     created_ms INTEGER NOT NULL
 ) STRICT, WITHOUT ROWID;
 CREATE INDEX remembered_by_age ON remembered (created_ms);
-"];
+",
+    "
+-- Percentages by version, 0 for one that is only kept ready; services.active is not used any more.
+CREATE TABLE traffic (
+    service INTEGER NOT NULL REFERENCES services (id) ON DELETE CASCADE,
+    number INTEGER NOT NULL,
+    percent INTEGER NOT NULL CHECK (percent BETWEEN 0 AND 100),
+    PRIMARY KEY (service, number),
+    FOREIGN KEY (service, number) REFERENCES versions (service, number)
+        DEFERRABLE INITIALLY DEFERRED
+) STRICT, WITHOUT ROWID;
+INSERT INTO traffic SELECT id, active, 100 FROM services WHERE active IS NOT NULL;
+UPDATE services SET active = NULL;
+",
+    "
+CREATE TABLE audit (
+    id INTEGER PRIMARY KEY AUTOINCREMENT,
+    time_ms INTEGER NOT NULL,
+    token INTEGER,
+    actor TEXT NOT NULL,
+    peer TEXT,
+    operation TEXT NOT NULL,
+    -- No reference: entries outlive their tenant.
+    tenant INTEGER,
+    tenant_name TEXT,
+    subject TEXT NOT NULL,
+    before TEXT,
+    after TEXT
+) STRICT;
+CREATE INDEX audit_by_tenant ON audit (tenant, id);
+CREATE TRIGGER audit_is_never_changed BEFORE UPDATE ON audit
+    BEGIN SELECT raise(ABORT, 'the audit log is append-only'); END;
+CREATE TRIGGER audit_is_kept BEFORE DELETE ON audit
+    WHEN old.id > (SELECT max(id) FROM audit) - 100000
+    BEGIN SELECT raise(ABORT, 'the audit log is append-only'); END;
+",
+];
 
 /// Applies what is missing.
 pub(super) fn migrate(connection: &mut Connection) -> Result<(), OpenError> {
@@ -116,6 +153,7 @@ fn migrate_with(connection: &mut Connection, migrations: &[&str]) -> Result<(), 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::state::{Health, Precondition, Store};
 
     #[test]
     fn migrations_are_applied_once_and_in_order() {
@@ -133,6 +171,46 @@ mod tests {
             .query_row("SELECT count(y) FROM a", [], |r| r.get(0))
             .unwrap();
         assert_eq!(rows, 1);
+    }
+
+    /// What the first schema held is all there in the newest.
+    #[test]
+    fn the_first_schema_is_migrated() {
+        let mut connection = Connection::open_in_memory().unwrap();
+        migrate_with(&mut connection, &MIGRATIONS[..1]).unwrap();
+        let digest = format!("sha256:{}", "ab".repeat(32));
+        connection
+            .execute_batch(&format!(
+                r#"
+INSERT INTO tenants VALUES (3, 'acme', '{{}}', 250, 0, 4, 1000);
+INSERT INTO services VALUES (7, 3, 'web', '{{"usage_header":true}}', 2, NULL, NULL, 3, 2000);
+INSERT INTO services VALUES (8, 3, 'dark', '{{}}', 1, NULL, NULL, 1, 2000);
+INSERT INTO versions VALUES (7, 1, '{digest}', 10, 5, 3000), (7, 2, '{digest}', 10, 0, 4000);
+UPDATE services SET active = 2, previous = 1 WHERE id = 7;
+INSERT INTO tokens VALUES (1, x'{hash}', 'admin', 'host', NULL, 'write', 1, NULL);
+INSERT INTO usage VALUES (3, 7, '{{"ok":5}}', 1, 2, 3, 4, 5, 6);
+"#,
+                hash = "00".repeat(32)
+            ))
+            .unwrap();
+        let mut store = super::super::SqliteStore::prepare(connection, Health::default()).unwrap();
+        let service = store
+            .service(&"acme".parse().unwrap(), &"web".parse().unwrap())
+            .unwrap();
+        let two = insula_types::VersionNumber::new(2).unwrap();
+        assert_eq!(service.traffic, insula_types::Traffic::whole(two));
+        assert_eq!(service.previous, insula_types::VersionNumber::new(1));
+        assert!(service.spec.usage_header && service.spec.auto_rollback.enabled);
+        assert_eq!((service.id.get(), service.generation), (7, 2));
+        let dark = store
+            .service(&"acme".parse().unwrap(), &"dark".parse().unwrap())
+            .unwrap();
+        assert!(dark.traffic.is_none() && dark.held.is_empty());
+        assert!(store.token_by_hash(&[0; 32]).unwrap().is_some());
+        assert_eq!(store.usage().unwrap()[0].totals.requests_total(), 5);
+        store
+            .delete_tenant(&"acme".parse().unwrap(), Precondition::None)
+            .unwrap();
     }
 
     #[test]

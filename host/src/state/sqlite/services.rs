@@ -1,28 +1,38 @@
 //! Services and their routes in SQLite.
 
-use insula_types::{ServiceId, ServiceName, ServiceSpec, TenantId, TenantName};
-use rusqlite::{Connection, OptionalExtension, Row, Transaction, params};
+use insula_types::{
+    Digest, ServiceId, ServiceName, ServiceSpec, TenantId, TenantName, Traffic, VersionNumber,
+};
+use rusqlite::types::Type;
+use rusqlite::{Connection, OptionalExtension, Row, params};
 
 use super::versions;
-use super::{int, json, listed, nat, parsed, tenants, time, to_json, usage, version_number};
+use super::{Write, int, json, listed, nat, parsed, tenants, time, to_json, usage, version_number};
 use crate::state::{
-    Active, Deleted, Listed, Page, Precondition, Put, SERVICES_PER_TENANT_MAX, Service, StoreError,
+    Deleted, Held, Listed, Page, Precondition, Put, SERVICES_PER_TENANT_MAX, Service, StoreError,
     Timestamp,
 };
 
-const SELECT: &str = "SELECT s.id, s.tenant, t.name, s.name, s.spec, s.generation, s.active,
-        v.digest, s.previous, s.created_ms
-    FROM services s JOIN tenants t ON t.id = s.tenant
-    LEFT JOIN versions v ON v.service = s.id AND v.number = s.active";
+/// The sub-query gives the versions to keep ready as `[[number, digest, percent or null], …]`.
+const SELECT: &str = "SELECT s.id, s.tenant, t.name, s.name, s.spec, s.generation, s.previous,
+        s.created_ms,
+        (SELECT json_group_array(json_array(v.number, v.digest, f.percent) ORDER BY v.number)
+            FROM versions v LEFT JOIN traffic f ON f.service = v.service AND f.number = v.number
+            WHERE v.service = s.id AND (f.percent IS NOT NULL
+                OR v.number = (SELECT max(number) FROM versions WHERE service = s.id)))
+    FROM services s JOIN tenants t ON t.id = s.tenant";
 
 fn read(row: &Row<'_>) -> rusqlite::Result<Service> {
-    let active = match version_number(row, 6)? {
-        Some(number) => Some(Active {
-            number,
-            digest: parsed(row, 7)?,
-        }),
-        None => None,
-    };
+    let rows: Vec<(VersionNumber, Digest, Option<u8>)> = json(row, 8)?;
+    let listed = rows
+        .iter()
+        .filter_map(|(number, _, percent)| Some((*number, (*percent)?)));
+    let traffic = Traffic::new(listed.collect()).map_err(|error| {
+        rusqlite::Error::FromSqlConversionFailure(8, Type::Text, Box::new(error))
+    })?;
+    let held = rows
+        .into_iter()
+        .map(|(number, digest, _)| Held { number, digest });
     Ok(Service {
         id: ServiceId::new(nat(row, 0)?),
         tenant: TenantId::new(nat(row, 1)?),
@@ -30,9 +40,10 @@ fn read(row: &Row<'_>) -> rusqlite::Result<Service> {
         name: parsed(row, 3)?,
         spec: json(row, 4)?,
         generation: nat(row, 5)?,
-        active,
-        previous: version_number(row, 8)?,
-        created: time(row, 9)?,
+        traffic,
+        held: held.collect(),
+        previous: version_number(row, 6)?,
+        created: time(row, 7)?,
     })
 }
 
@@ -68,7 +79,7 @@ pub(super) fn by_id(connection: &Connection, id: ServiceId) -> Result<Service, S
 }
 
 pub(super) fn put(
-    write: &Transaction<'_>,
+    write: &Write<'_>,
     tenant_name: &TenantName,
     name: &ServiceName,
     spec: &ServiceSpec,
@@ -122,7 +133,7 @@ pub(super) fn put(
 
 /// A host belongs to one tenant, a route to one service.
 fn set_routes(
-    write: &Transaction<'_>,
+    write: &Write<'_>,
     tenant: TenantId,
     service: ServiceId,
     spec: &ServiceSpec,
@@ -153,7 +164,7 @@ fn set_routes(
 }
 
 pub(super) fn delete(
-    write: &Transaction<'_>,
+    write: &Write<'_>,
     tenant: &TenantName,
     name: &ServiceName,
     precondition: Precondition,

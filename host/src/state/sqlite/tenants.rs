@@ -1,9 +1,9 @@
 //! Tenants in SQLite.
 
 use insula_types::{TenantId, TenantName, TenantSpec};
-use rusqlite::{Connection, OptionalExtension, Row, Transaction, params};
+use rusqlite::{Connection, OptionalExtension, Row, params};
 
-use super::{int, json, listed, nat, parsed, time, to_json, versions};
+use super::{Write, int, json, listed, nat, parsed, time, to_json, versions};
 use crate::state::{
     Commitments, Deleted, Listed, Page, Precondition, Put, StoreError, TENANTS_MAX, Tenant,
     Timestamp,
@@ -62,7 +62,7 @@ pub(super) fn commitments(connection: &Connection) -> Result<Commitments, StoreE
 }
 
 pub(super) fn put(
-    write: &Transaction<'_>,
+    write: &Write<'_>,
     name: &TenantName,
     spec: &TenantSpec,
     precondition: Precondition,
@@ -141,7 +141,7 @@ fn reservation(spec: &TenantSpec) -> u64 {
 }
 
 pub(super) fn delete(
-    write: &Transaction<'_>,
+    write: &Write<'_>,
     name: &TenantName,
     precondition: Precondition,
 ) -> Result<Deleted<Tenant>, StoreError> {

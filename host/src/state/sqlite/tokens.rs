@@ -1,9 +1,9 @@
 //! Tokens and remembered answers in SQLite.
 
 use insula_types::{TenantId, TenantName};
-use rusqlite::{Connection, OptionalExtension, Row, Transaction, params};
+use rusqlite::{Connection, OptionalExtension, Row, params};
 
-use super::{int, listed, nat, parsed, tenants, time};
+use super::{Write, int, listed, nat, parsed, tenants, time};
 use crate::state::{
     Access, Listed, NewToken, Page, REMEMBERED_FOR, REMEMBERED_MAX, Remembered, Scope, StoreError,
     TOKENS_MAX, Timestamp, Token, TokenHash,
@@ -65,8 +65,20 @@ pub(super) fn by_hash(
     Ok(statement.query_row([hash], read).optional()?)
 }
 
+pub(super) fn is_valid(
+    connection: &Connection,
+    id: u64,
+    now: Timestamp,
+) -> Result<bool, StoreError> {
+    let mut statement = connection.prepare_cached(
+        "SELECT EXISTS (SELECT 1 FROM tokens WHERE id = ?1
+            AND (expires_ms IS NULL OR expires_ms > ?2))",
+    )?;
+    Ok(statement.query_row([int(id), int(now.as_millis())], |row| row.get(0))?)
+}
+
 pub(super) fn add(
-    write: &Transaction<'_>,
+    write: &Write<'_>,
     token: &NewToken,
     now: Timestamp,
 ) -> Result<Token, StoreError> {
@@ -105,7 +117,7 @@ pub(super) fn add(
 }
 
 pub(super) fn delete(
-    write: &Transaction<'_>,
+    write: &Write<'_>,
     id: u64,
     tenant: Option<TenantId>,
     now: Timestamp,
@@ -156,7 +168,7 @@ pub(super) fn remembered(
 }
 
 pub(super) fn remember(
-    write: &Transaction<'_>,
+    write: &Write<'_>,
     answer: &Remembered,
     now: Timestamp,
 ) -> Result<(), StoreError> {

@@ -4,9 +4,9 @@
 use std::collections::BTreeMap;
 
 use insula_types::{Outcome, ServiceId, TenantId};
-use rusqlite::{Connection, OptionalExtension, Row, Transaction, params};
+use rusqlite::{Connection, OptionalExtension, Row, params};
 
-use super::{int, json, nat, to_json};
+use super::{Write, int, json, nat, to_json};
 use crate::state::{StoreError, StoredUsage, UsageTotals};
 
 /// Stands for all deleted services of a tenant; real ids count from 1.
@@ -45,25 +45,19 @@ pub(super) fn all(connection: &Connection) -> Result<Vec<StoredUsage>, StoreErro
 }
 
 pub(super) fn add(
-    write: &Transaction<'_>,
+    write: &Write<'_>,
     parts: &[(TenantId, ServiceId, UsageTotals)],
 ) -> Result<(), StoreError> {
     for (tenant, service, totals) in parts {
-        let exists = |sql: &str, id: u64| -> Result<bool, StoreError> {
-            Ok(write
-                .prepare_cached(sql)?
-                .query_row([int(id)], |row| row.get(0))?)
-        };
-        if !exists(
-            "SELECT EXISTS (SELECT 1 FROM tenants WHERE id = ?1)",
-            tenant.get(),
-        )? {
+        let known: bool = write
+            .prepare_cached("SELECT EXISTS (SELECT 1 FROM tenants WHERE id = ?1)")?
+            .query_row([int(tenant.get())], |row| row.get(0))?;
+        if !known {
             continue;
         }
-        let alive = exists(
-            "SELECT EXISTS (SELECT 1 FROM services WHERE id = ?1)",
-            service.get(),
-        )?;
+        let alive: bool = write
+            .prepare_cached("SELECT EXISTS (SELECT 1 FROM services WHERE id = ?1 AND tenant = ?2)")?
+            .query_row([int(service.get()), int(tenant.get())], |row| row.get(0))?;
         add_one(
             write,
             *tenant,
@@ -76,7 +70,7 @@ pub(super) fn add(
 
 /// Moves what a service used to its tenant's deleted services.
 pub(super) fn keep_for_tenant(
-    write: &Transaction<'_>,
+    write: &Write<'_>,
     tenant: TenantId,
     service: ServiceId,
 ) -> Result<(), StoreError> {
@@ -105,7 +99,7 @@ fn find(
 }
 
 fn add_one(
-    write: &Transaction<'_>,
+    write: &Write<'_>,
     tenant: TenantId,
     service: ServiceId,
     part: &UsageTotals,

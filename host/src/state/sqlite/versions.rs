@@ -2,12 +2,12 @@
 
 use std::collections::HashSet;
 
-use insula_types::{Bytes, Digest, ServiceId, VersionNumber};
-use rusqlite::{Connection, OptionalExtension, Row, Transaction, params};
+use insula_types::{Bytes, Digest, ServiceId, Traffic, VersionNumber};
+use rusqlite::{Connection, OptionalExtension, Row, params};
 
-use super::{int, listed, nat, parsed, services, time, version_number};
+use super::{Write, int, listed, nat, parsed, services, time, traffic, version_number};
 use crate::state::{
-    AddedVersion, Listed, NewVersion, Page, Service, StoreError, Timestamp, VERSIONS_KEPT, Version,
+    AddedVersion, Listed, NewVersion, Page, StoreError, Timestamp, VERSIONS_KEPT, Version,
 };
 
 const COLUMNS: &str = "number, digest, size_bytes, compile_ms, created_ms";
@@ -55,7 +55,7 @@ pub(super) fn find(
 }
 
 pub(super) fn add(
-    write: &Transaction<'_>,
+    write: &Write<'_>,
     service: ServiceId,
     upload: &NewVersion,
     activate: bool,
@@ -83,8 +83,7 @@ pub(super) fn add(
     )?;
     let number = VersionNumber::new(number).ok_or(StoreError::NotFound("version"))?;
     if activate {
-        let previous = before.active.map(|active| active.number);
-        set_active(write, service, Some(number), previous)?;
+        traffic::set(write, service, &Traffic::whole(number))?;
     }
     let unreferenced = prune(write, service)?;
     Ok(AddedVersion {
@@ -96,11 +95,12 @@ pub(super) fn add(
 }
 
 /// Removes the oldest versions beyond [`VERSIONS_KEPT`] that are not in use.
-fn prune(write: &Transaction<'_>, service: ServiceId) -> Result<Vec<Digest>, StoreError> {
+fn prune(write: &Write<'_>, service: ServiceId) -> Result<Vec<Digest>, StoreError> {
     let mut statement = write.prepare_cached(
         "DELETE FROM versions WHERE service = ?1 AND number IN (
             SELECT v.number FROM versions v JOIN services s ON s.id = v.service
-            WHERE v.service = ?1 AND v.number IS NOT s.active AND v.number IS NOT s.previous
+            WHERE v.service = ?1 AND v.number IS NOT s.previous
+                AND v.number NOT IN (SELECT number FROM traffic WHERE service = ?1)
             ORDER BY v.number DESC LIMIT -1 OFFSET ?2) RETURNING digest",
     )?;
     let rows = statement.query_map(params![int(service.get()), int(VERSIONS_KEPT)], |row| {
@@ -108,26 +108,6 @@ fn prune(write: &Transaction<'_>, service: ServiceId) -> Result<Vec<Digest>, Sto
     })?;
     let digests = rows.collect::<Result<_, _>>()?;
     unreferenced(write, digests)
-}
-
-pub(super) fn set_active(
-    write: &Transaction<'_>,
-    service: ServiceId,
-    active: Option<VersionNumber>,
-    previous: Option<VersionNumber>,
-) -> Result<Service, StoreError> {
-    for number in [active, previous].into_iter().flatten() {
-        find(write, service, number)?.ok_or(StoreError::NotFound("version"))?;
-    }
-    write.execute(
-        "UPDATE services SET active = ?2, previous = ?3 WHERE id = ?1",
-        params![
-            int(service.get()),
-            active.map(VersionNumber::get),
-            previous.map(VersionNumber::get)
-        ],
-    )?;
-    services::by_id(write, service)
 }
 
 pub(super) fn digests(connection: &Connection) -> Result<HashSet<Digest>, StoreError> {

@@ -1,0 +1,227 @@
+//! kill -9 at random instants: what was acknowledged is there, what was not is there whole or
+//! not at all, and what is there is served.
+//!
+//! ```text
+//!  client 0 ── change, change, change … ┐
+//!  client 1 ── change, change, change … ├─ kill -9 ─▶ (start, kill -9) ─▶ start ─▶ compare
+//!  a random instant ────────────────────┘
+//! ```
+//!
+//! `INSULA_TEST_KILLS` asks for more than 200 kills; `INSULA_TEST_SEED` for the same choices
+//! again (the instants are the machine's).
+
+mod model;
+mod random;
+
+use std::collections::BTreeSet;
+use std::time::{Duration, SystemTime};
+
+use insula_tests::wait::holds;
+use insula_tests::{Admin, TestHost, guests, until};
+use serde_json::json;
+
+use self::model::{Change, Digests, Model, SAMPLES};
+use self::random::Random;
+
+const KILLS: u64 = 200;
+
+fn number_from(variable: &str) -> Option<u64> {
+    let text = std::env::var(variable).ok()?;
+    Some(
+        text.parse()
+            .unwrap_or_else(|_| panic!("{variable}={text:?} is not a number")),
+    )
+}
+
+/// Somebody who changes a tenant, one change after another.
+struct Client {
+    tenant: String,
+    /// What was acknowledged.
+    model: Model,
+    /// What was asked for and never answered.
+    pending: Option<(Change, String)>,
+    random: Random,
+    serial: u64,
+    digests: Digests,
+    acknowledged: u64,
+}
+
+impl Client {
+    /// Makes changes until the host is gone.
+    fn work(&mut self, admin: &Admin) {
+        loop {
+            self.serial += 1;
+            let change = self.model.choose(&mut self.random, self.serial);
+            let key = format!("{}-{}", self.tenant, self.serial);
+            match change.ask(admin, &self.tenant, &key) {
+                // The other client deleted the last identical version in this very moment.
+                Ok(answer) if answer.status == 503 && answer.problem() == "host_busy" => {}
+                Ok(answer) => {
+                    let accepted = (200..300).contains(&answer.status);
+                    assert!(accepted, "{change:?} of {:?}: {answer:?}", self.model);
+                    self.model = self.model.after(&change, &self.digests);
+                    self.acknowledged += 1;
+                }
+                Err(_) => {
+                    self.pending = Some((change, key));
+                    return;
+                }
+            }
+        }
+    }
+
+    /// Compares with what a host has after a kill, and takes over what became of the change that
+    /// was under way.
+    fn compare(&mut self, admin: &Admin) {
+        let found = Model::observe(admin, &self.tenant);
+        let Some((change, key)) = self.pending.take() else {
+            panic!("the client outlived its host");
+        };
+        let after = self.model.after(&change, &self.digests);
+        assert!(
+            found == self.model || found == after,
+            "neither without nor with {change:?}:\n{found:#?}\nacknowledged:\n{:#?}",
+            self.model
+        );
+        self.model = found;
+        if change.is_keyed() && self.random.below(2) == 0 {
+            // Whoever heard nothing asks again, and it is done once.
+            let answer = change.ask(admin, &self.tenant, &key).expect("an answer");
+            let replayed = answer.header("idempotency-replayed").is_some();
+            assert!(
+                (200..300).contains(&answer.status),
+                "{change:?}: {answer:?}"
+            );
+            assert_eq!(replayed, self.model == after, "{change:?}: {answer:?}");
+            assert_eq!(Model::observe(admin, &self.tenant), after, "{change:?}");
+            self.model = after;
+        }
+    }
+
+    /// What has a version with a share answers, and with that version.
+    fn is_served(&self, host: &TestHost) {
+        for (name, service) in &self.model.services {
+            let host_name = format!("{name}.{}.localhost", self.tenant);
+            let answer = host.request(&host_name, "GET", "/");
+            let answer = answer.header("te", "trailers").send();
+            if service.traffic.is_empty() {
+                assert_eq!(answer.status, 404, "{host_name}: {answer:?}");
+                continue;
+            }
+            assert_eq!(answer.status, 200, "{host_name}: {answer:?}");
+            let version = u32::try_from(answer.usage().version).expect("a version");
+            let share = service.traffic.get(&version);
+            assert!(share > Some(&0), "{host_name}: {version} of {service:?}");
+        }
+    }
+}
+
+/// Digests of the samples.
+fn digests(host: &TestHost) -> Digests {
+    let tenant = host.tenant("samples").create();
+    let service = tenant.service("web").create();
+    let digests = SAMPLES.map(|sample| {
+        let answer = service.upload(guests::bytes(sample));
+        let digest = answer.json()["digest"].as_str().map(str::to_owned);
+        digest.unwrap_or_else(|| panic!("{answer:?}"))
+    });
+    tenant.delete();
+    digests
+}
+
+/// No file is there without a record, and none is missing.
+fn files_are_those_of(host: &TestHost, clients: &[Client]) {
+    let wanted: BTreeSet<String> = clients
+        .iter()
+        .flat_map(|client| client.model.digests())
+        .map(|digest| digest.trim_start_matches("sha256:").to_owned())
+        .collect();
+    let names = |folder: &str| -> BTreeSet<String> {
+        let files = host.files(folder).into_iter();
+        let name = |path: std::path::PathBuf| path.file_name().map(std::ffi::OsStr::to_owned);
+        files
+            .filter_map(name)
+            .map(|name| {
+                name.to_string_lossy()
+                    .split('-')
+                    .next()
+                    .unwrap_or_default()
+                    .to_owned()
+            })
+            .collect()
+    };
+    assert_eq!(names("blobs"), wanted);
+    assert_eq!(names("artefacts"), wanted);
+    assert!(host.files("tmp").is_empty(), "{:?}", host.files("tmp"));
+}
+
+/// Mostly within the span of one or two changes, often enough within that of a compilation.
+fn instant(random: &mut Random) -> Duration {
+    let span = [8_000, 30_000, 120_000, 300_000][random.below(4)];
+    Duration::from_micros(random.below(span) as u64)
+}
+
+#[test]
+fn what_was_acknowledged_survives_kill_9_at_any_instant() {
+    let kills = number_from("INSULA_TEST_KILLS").unwrap_or(KILLS);
+    let seed = number_from("INSULA_TEST_SEED").unwrap_or_else(|| {
+        let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH);
+        now.map_or(0, |now| u64::from(now.subsec_nanos()))
+    });
+    eprintln!("INSULA_TEST_SEED={seed}");
+    let mut random = Random(seed);
+    let host = TestHost::start();
+    let digests = digests(&host);
+    let mut clients: Vec<Client> = ["left", "right"]
+        .into_iter()
+        .map(|tenant| Client {
+            tenant: tenant.to_owned(),
+            model: Model::default(),
+            pending: None,
+            random: Random(random.next()),
+            serial: 0,
+            digests: digests.clone(),
+            acknowledged: 0,
+        })
+        .collect();
+    let mut done = 0;
+    while done < kills {
+        let admin = host.admin();
+        std::thread::scope(|scope| {
+            for client in &mut clients {
+                let admin = &admin;
+                scope.spawn(move || client.work(admin));
+            }
+            std::thread::sleep(instant(&mut random));
+            host.kill();
+        });
+        done += 1;
+        // Recovery itself is not spared.
+        while random.below(4) == 0 {
+            host.kill_while_it_starts(instant(&mut random) / 4);
+            done += 1;
+        }
+        host.start_again();
+        until(Duration::from_secs(20), "it is ready", || {
+            let ready = host.admin_as(None).request("GET", "/readyz").send();
+            holds(ready.status == 200, ready.text())
+        });
+        // Before the first change, so that nothing but the start has cleared away.
+        let admin = host.admin();
+        for client in &mut clients {
+            client.compare(&admin);
+        }
+        files_are_those_of(&host, &clients);
+        for client in &clients {
+            client.is_served(&host);
+        }
+    }
+    let acknowledged: u64 = clients.iter().map(|client| client.acknowledged).sum();
+    eprintln!("{done} kills, {acknowledged} acknowledged changes, none lost");
+    assert!(
+        acknowledged > kills,
+        "{acknowledged}: hardly anything was tested"
+    );
+    let left = host.admin().put("/v1/tenants/left", &json!({}));
+    assert_eq!(left["name"], "left", "it still takes changes");
+}
