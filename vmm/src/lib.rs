@@ -21,6 +21,7 @@
 //! * [`monitor`]: the process that runs one machine, and how its host speaks with it
 //! * [`probe`]: what kind of KVM this is, by trying
 //! * [`rate_limiter`]: token buckets for bytes and operations
+//! * [`snapshot`]: a machine that stands still, as bytes
 //! * [`threads`]: how threads are started, and where the jail hooks in
 //! * [`virtio`]: the MMIO transport, the queues, and the trait that a device implements
 #![deny(unsafe_code)]
@@ -29,6 +30,7 @@ pub mod acpi;
 pub mod boot;
 pub mod config;
 mod devices;
+mod entropy;
 pub mod event;
 pub mod exit;
 pub mod jail;
@@ -40,6 +42,7 @@ pub mod memory;
 pub mod monitor;
 pub mod probe;
 pub mod rate_limiter;
+pub mod snapshot;
 pub mod threads;
 mod vcpu;
 pub mod virtio;

@@ -56,6 +56,8 @@ pub enum Origin {
     /// The kernel's entry point again, after a reset: in a new monitor, since the old one is behind
     /// filters that let it make no machine.
     Reboot,
+    /// A monitor that an earlier host started, and that is there.
+    Found,
 }
 
 /// Who wanted the machine to stop.

@@ -14,6 +14,7 @@
 //! run. *Stop* ends vCPU threads, then the console's, then the devices': nobody is left who could
 //! notify them.
 
+use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
@@ -21,19 +22,24 @@ use std::thread::JoinHandle;
 use std::time::Instant;
 
 use kvm_bindings::kvm_clock_data;
+use kvm_ioctls::VcpuFd;
 use serde::{Deserialize, Serialize};
+use vm_memory::{GuestMemoryBackend as _, GuestMemoryRegion};
 
 use crate::acpi::{self, AcpiError};
-use crate::boot::{self, BootError};
+use crate::boot::{self, BootError, Entry};
 use crate::config::{Console, MachineConfig, VcpuCount};
-use crate::devices::{ConsoleCounts, Devices, GenerationError, GenerationId, SerialPort, feed};
+use crate::devices::{
+    ConsoleCounts, Devices, GenerationError, GenerationId, SerialPort, SerialSaved, feed,
+};
 use crate::exit::{Ending, ExitReason};
 use crate::kvm::{Hypervisor, KvmError, VirtualMachine, cpuid, failed, msrs};
 use crate::layout;
-use crate::memory::{self, GuestMemory, MemoryError};
+use crate::memory::{self, GuestMemory, MemoryError, MemorySize};
+use crate::snapshot::{self, MachineState, MsrList, Snapshot, VmState};
 use crate::threads::{ThreadKind, Threads};
 use crate::vcpu::{self, ExitCounts, Vcpu, VcpuError};
-use crate::virtio::{InterruptLine, MmioTransport, VirtioDevice, WorkerError};
+use crate::virtio::{InterruptLine, MmioTransport, RestoreError, VirtioDevice, WorkerError};
 
 /// Why a machine could not be made.
 #[derive(Debug, thiserror::Error)]
@@ -84,6 +90,17 @@ pub enum BuildError {
     /// What each vCPU says of itself does not fit KVM's table.
     #[error("this host's processor has more CPUID leaves than KVM takes")]
     Cpuid,
+    /// The state is of no such machine.
+    #[error("the saved state has {0}")]
+    State(&'static str),
+    /// A device does not take its saved state.
+    #[error("virtio-{device}: {source}")]
+    Restore {
+        /// Which.
+        device: &'static str,
+        /// Why.
+        source: RestoreError,
+    },
     /// A descriptor or a thread for the console.
     #[error("starting the console: {0}")]
     Console(io::Error),
@@ -106,9 +123,12 @@ pub enum LifeError {
     /// A device's thread is gone.
     #[error(transparent)]
     Device(#[from] WorkerError),
-    /// The clock.
+    /// The clock, or something else that the kernel keeps.
     #[error(transparent)]
     Kvm(#[from] KvmError),
+    /// The file for the memory.
+    #[error("writing the memory: {0}")]
+    Memory(io::Error),
 }
 
 /// Where a machine is in its life, as the host wants it.
@@ -155,6 +175,8 @@ pub struct Machine {
     generation: GenerationId,
     ending: Arc<Ending>,
     power_button: InterruptLine,
+    /// What to save of each processor.
+    msrs: Arc<MsrList>,
     /// The guest's clock, while it is paused and has run before.
     clock: Option<kvm_clock_data>,
     /// Last: memory stays mapped until all that uses it is gone.
@@ -186,48 +208,102 @@ impl Machine {
         acpi::write(vm.memory(), vcpus, devices.len())?;
         let generation = GenerationId::new(vm.line(layout::EVENT_GSI)?);
         generation.set(vm.memory())?;
-
-        let ending = Arc::new(Ending::new().map_err(BuildError::Console)?);
-        let Console { output, input } = console;
-        let serial = SerialPort::new(vm.line(layout::COM1_GSI)?, output);
-        let serial = Arc::new(serial.map_err(BuildError::Console)?);
+        let processors = processors(hypervisor, &vm, vcpus, entry)?;
         let devices = start_devices(&vm, devices, threads)?;
-        let devices = Arc::new(Devices::new(serial, devices));
-        let power_button = vm.line(layout::POWER_BUTTON_GSI)?;
-
-        let topology = cpuid::Topology::new(vcpus);
-        let supported = cpuid::supported(hypervisor)?;
-        let mut started = Vec::with_capacity(usize::from(vcpus.get()));
-        for number in 0..vcpus.get() {
-            let fd = vm.create_vcpu(number)?;
-            let leaves = cpuid::for_vcpu(&supported, topology, number);
-            fd.set_cpuid2(&leaves.ok_or(BuildError::Cpuid)?)
-                .map_err(failed("KVM_SET_CPUID2"))?;
-            msrs::set_first(&fd)?;
-            // The others wait for the first one's INIT and SIPI.
-            if number == 0 {
-                vcpu::set_registers(&fd, entry)?;
-            }
-            let (devices, ending) = (Arc::clone(&devices), Arc::clone(&ending));
-            started.push(Vcpu::spawn(number, fd, devices, ending, threads)?);
-        }
-        let mut machine = Self {
-            phase: Phase::Paused,
-            vcpus: started,
-            console: None,
+        let parts = Parts {
+            vm,
+            processors,
             devices,
             generation,
-            ending,
-            power_button,
+            serial: None,
             clock: None,
-            vm,
         };
-        if let Some(input) = input {
-            let port = Arc::clone(machine.devices.serial());
-            let console = threads.spawn(ThreadKind::Console, move || feed(&port, &input));
-            machine.console = Some(console.map_err(BuildError::Console)?);
+        parts.together(hypervisor, console, threads)
+    }
+
+    /// Makes a machine as it was saved, paused where it was. The devices are to be of the same kinds
+    /// as those that were saved, with the same features.
+    ///
+    /// # Errors
+    /// What is missing or refused, or the state is not of such a machine; nothing is left behind.
+    pub fn restore(
+        hypervisor: &Hypervisor,
+        snapshot: Snapshot,
+        console: Console,
+        devices: Vec<Box<dyn VirtioDevice>>,
+        threads: &Threads,
+    ) -> Result<Self, BuildError> {
+        let Snapshot { state, memory } = snapshot;
+        let wrong = BuildError::State;
+        let vcpus = u8::try_from(state.vcpus.len()).ok();
+        let vcpus = vcpus.and_then(|count| VcpuCount::new(count).ok());
+        let vcpus = vcpus.ok_or(wrong("a number of processors that no machine has"))?;
+        if devices.len() != state.devices.len() {
+            return Err(wrong("another number of devices"));
         }
-        Ok(machine)
+        check(hypervisor, vcpus, devices.len())?;
+        let size = insula_types::Bytes::new(state.memory_bytes).ok();
+        let size = size.ok_or(wrong("a memory that no machine has"))?;
+        let memory = snapshot::map(MemorySize::new(size)?, memory)?;
+        let vm = VirtualMachine::new(hypervisor, memory)?;
+        let mut processors = Vec::with_capacity(state.vcpus.len());
+        for (number, vcpu) in (0..vcpus.get()).zip(&state.vcpus) {
+            let fd = vm.create_vcpu(number)?;
+            snapshot::restore_vcpu(&fd, vcpu)?;
+            processors.push(fd);
+        }
+        let clock = state.vm.restore(vm.fd())?;
+        let mut devices = start_devices(&vm, devices, threads)?;
+        // After the interrupt controllers: a device that goes live may interrupt at once.
+        for (device, saved) in devices.iter_mut().zip(&state.devices) {
+            let name = device.kind().name();
+            let unfit = |source| BuildError::Restore {
+                device: name,
+                source,
+            };
+            device.hold().map_err(|error| unfit(error.into()))?;
+            device.restore(saved).map_err(unfit)?;
+        }
+        // Whoever goes on from this snapshot as well must not draw the same random numbers.
+        let generation = GenerationId::new(vm.line(layout::EVENT_GSI)?);
+        generation.renew(vm.memory())?;
+        let parts = Parts {
+            vm,
+            processors,
+            devices,
+            generation,
+            serial: Some(state.serial),
+            clock: Some(clock),
+        };
+        parts.together(hypervisor, console, threads)
+    }
+
+    /// Its state, while it is paused; what it wrote to disks is durable then. The memory is written
+    /// by [`save_memory`](Self::save_memory).
+    ///
+    /// # Errors
+    /// It is not paused, or something does not give its state.
+    pub fn save(&self) -> Result<MachineState, LifeError> {
+        self.expect(Phase::Paused, "be saved")?;
+        let memory = self.vm.memory().iter().map(GuestMemoryRegion::len);
+        let vcpus = self.vcpus.iter().map(|vcpu| vcpu.save(&self.msrs));
+        let devices = self.devices.virtio().map(|device| device.save());
+        Ok(MachineState {
+            memory_bytes: memory.sum(),
+            vcpus: vcpus.collect::<Result<_, _>>()?,
+            vm: VmState::save(self.vm.fd(), self.clock)?,
+            serial: self.devices.serial().save(),
+            devices: devices.collect::<Result<_, _>>()?,
+        })
+    }
+
+    /// Writes its memory into an empty file, while it is paused.
+    ///
+    /// # Errors
+    /// It is not paused, or the file's.
+    pub fn save_memory(&self, file: &File) -> Result<(), LifeError> {
+        self.expect(Phase::Paused, "be saved")?;
+        snapshot::write(self.vm.memory(), file).map_err(LifeError::Memory)
     }
 
     /// Runs, for the first time or again.
@@ -353,6 +429,82 @@ impl Drop for Machine {
     fn drop(&mut self) {
         self.stop();
     }
+}
+
+/// What a machine is put together of, new or saved.
+struct Parts {
+    vm: VirtualMachine,
+    processors: Vec<VcpuFd>,
+    devices: Vec<MmioTransport>,
+    generation: GenerationId,
+    serial: Option<SerialSaved>,
+    clock: Option<kvm_clock_data>,
+}
+
+impl Parts {
+    /// Starts the threads that are left: the console's, and the processors', which are parked.
+    fn together(
+        self,
+        hypervisor: &Hypervisor,
+        console: Console,
+        threads: &Threads,
+    ) -> Result<Machine, BuildError> {
+        let vm = self.vm;
+        let ending = Arc::new(Ending::new().map_err(BuildError::Console)?);
+        let Console { output, input } = console;
+        let line = vm.line(layout::COM1_GSI)?;
+        let serial = SerialPort::new(line, output, self.serial.as_ref());
+        let serial = Arc::new(serial.map_err(BuildError::Console)?);
+        let devices = Arc::new(Devices::new(serial, self.devices));
+        let mut vcpus = Vec::with_capacity(self.processors.len());
+        for (number, fd) in (0..).zip(self.processors) {
+            let (devices, ending) = (Arc::clone(&devices), Arc::clone(&ending));
+            vcpus.push(Vcpu::spawn(number, fd, devices, ending, threads)?);
+        }
+        let mut machine = Machine {
+            phase: Phase::Paused,
+            vcpus,
+            console: None,
+            devices,
+            generation: self.generation,
+            ending,
+            power_button: vm.line(layout::POWER_BUTTON_GSI)?,
+            msrs: Arc::new(MsrList::of(hypervisor)?),
+            clock: self.clock,
+            vm,
+        };
+        if let Some(input) = input {
+            let port = Arc::clone(machine.devices.serial());
+            let console = threads.spawn(ThreadKind::Console, move || feed(&port, &input));
+            machine.console = Some(console.map_err(BuildError::Console)?);
+        }
+        Ok(machine)
+    }
+}
+
+/// New processors, as they are before the first instruction.
+fn processors(
+    hypervisor: &Hypervisor,
+    vm: &VirtualMachine,
+    vcpus: VcpuCount,
+    entry: Entry,
+) -> Result<Vec<VcpuFd>, BuildError> {
+    let topology = cpuid::Topology::new(vcpus);
+    let supported = cpuid::supported(hypervisor)?;
+    let mut processors = Vec::with_capacity(usize::from(vcpus.get()));
+    for number in 0..vcpus.get() {
+        let fd = vm.create_vcpu(number)?;
+        let leaves = cpuid::for_vcpu(&supported, topology, number);
+        fd.set_cpuid2(&leaves.ok_or(BuildError::Cpuid)?)
+            .map_err(failed("KVM_SET_CPUID2"))?;
+        msrs::set_first(&fd)?;
+        // The others wait for the first one's INIT and SIPI.
+        if number == 0 {
+            vcpu::set_registers(&fd, entry)?;
+        }
+        processors.push(fd);
+    }
+    Ok(processors)
 }
 
 fn check(hypervisor: &Hypervisor, vcpus: VcpuCount, devices: usize) -> Result<(), BuildError> {

@@ -6,6 +6,7 @@
 //! * [`checks`]: everything that must hold, and the order in which it is looked at
 //! * [`deps`]: which crate may use which, and which words may stand where
 //! * [`licences`]: what we stand on, and under which terms
+//! * [`fuzz`]: hostile drivers by chance
 //! * [`guests`]: the samples, built
 //! * [`mod@bench`]: what it costs, beside what others cost
 //! * [`tools`]: programs of others that tests use
@@ -15,6 +16,7 @@
 mod bench;
 mod checks;
 mod deps;
+mod fuzz;
 mod guests;
 mod licences;
 mod repository;
@@ -39,6 +41,11 @@ usage: cargo xtask VERB
   vm-test [WORD]
                boot machines with Debian's own kernel under real KVM, emulated where there is none;
                with WORD only the cases that have it in their names
+  fuzz TARGET [--seconds N] [--seed N]
+               hostile drivers by chance against a device of the monitor: rng, block, overlay, net,
+               vsock, balloon or all
+  vm-bench [ROUNDS]
+               the monitor beside QEMU's microvm machine, in the same bed
   lint         rustfmt and clippy
   deps         which crate may use which
   deny         licences, sources and advisories of what we depend on
@@ -89,8 +96,15 @@ fn run(verb: &str, rest: Vec<String>) -> Result<ExitCode> {
             bench::run(&Repository::find()?, what, arguments)?;
             return Ok(ExitCode::SUCCESS);
         }
+        "fuzz" => {
+            fuzz::run(&Repository::find()?, &rest)?;
+            return Ok(ExitCode::SUCCESS);
+        }
         "vm-test" if rest.len() < 2 => {
             return vm_test::run(&Repository::find()?, rest.first().map(String::as_str));
+        }
+        "vm-bench" if rest.len() < 2 => {
+            return vm_test::bench(&Repository::find()?, rest.first().map(String::as_str));
         }
         "" | "help" | "-h" | "--help" => {
             say(USAGE.trim_end());

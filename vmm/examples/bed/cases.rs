@@ -13,7 +13,7 @@ use crate::guest::{FILES, Guest, file};
 
 type Case = fn(&Hypervisor) -> String;
 
-pub(crate) const ALL: [(&str, Case); 5] = [
+pub(crate) const ALL: [(&str, Case); 8] = [
     (
         "an unmodified kernel, four vCPUs, devices, ext4 root, pause, reboot",
         first_boot,
@@ -30,6 +30,15 @@ pub(crate) const ALL: [(&str, Case); 5] = [
     (
         "network both ways, another's address, vsock both ways, balloon",
         devices,
+    ),
+    ("the same kernel as ELF, by its PVH entry", pvh_boot),
+    (
+        "a jailed monitor, its console, a host that dies, the power button",
+        crate::jailed::life,
+    ),
+    (
+        "saved, ended, and gone on as two clones side by side",
+        crate::jailed::clones,
     ),
 ];
 
@@ -157,4 +166,19 @@ fn overlay_again(hypervisor: &Hypervisor) -> String {
     assert_eq!(guest.run("sha256sum /data /data2"), expected);
     assert_eq!(guest.end_by("sync; poweroff -f"), ExitReason::Poweroff);
     String::new()
+}
+
+/// Without the decompressor, and so without its address-space randomisation as well.
+fn pvh_boot(hypervisor: &Hypervisor) -> String {
+    let start = Instant::now();
+    let mut guest = Guest::boot_with(hypervisor, "vmlinux", 2, raw(), Vec::new());
+    let booted = start.elapsed().as_secs_f64();
+    assert_eq!(guest.run("nproc"), "2");
+    let command_line = guest.run("cat /proc/cmdline");
+    assert!(command_line.contains("console=ttyS0"), "{command_line}");
+    // What the PVH entry puts there (kernel, `arch/x86/platform/pvh/enlighten.c`): 0xb0.
+    let loader = guest.run("cat /proc/sys/kernel/bootloader_type");
+    assert_eq!(loader, "176");
+    assert_eq!(guest.end_by("sync; poweroff -f"), ExitReason::Poweroff);
+    format!("init after {booted:.1} s")
 }

@@ -94,7 +94,7 @@ pub(crate) fn devices(hypervisor: &Hypervisor) -> String {
         Box::new(vsock) as _,
         Box::new(balloon) as _,
     ];
-    let mut guest = Guest::boot_with(hypervisor, 2, raw(), more);
+    let mut guest = Guest::boot_with(hypervisor, "vmlinuz", 2, raw(), more);
     let network = network(&mut guest, &packets);
     sockets(&mut guest);
     let memory = memory(&mut guest, &handle);

@@ -21,7 +21,7 @@ use crate::console::{PATIENCE, Screen};
 
 /// Where the test bed puts its files.
 pub(crate) const FILES: &str = "/bed";
-const COMMAND_LINE: &str = "console=ttyS0 quiet panic=-1 pci=off";
+pub(crate) const COMMAND_LINE: &str = "console=ttyS0 quiet panic=-1 pci=off";
 pub(crate) const MEMORY: Bytes = Bytes::mib(192);
 
 pub(crate) fn file(name: &str) -> File {
@@ -40,12 +40,13 @@ pub(crate) struct Guest {
 impl Guest {
     /// Boots with this disk as its root, and returns when its init is ready.
     pub(crate) fn boot(hypervisor: &Hypervisor, vcpus: u8, root: Box<dyn Disk>) -> Self {
-        Self::boot_with(hypervisor, vcpus, root, Vec::new())
+        Self::boot_with(hypervisor, "vmlinuz", vcpus, root, Vec::new())
     }
 
-    /// The same with more devices.
+    /// The same with this kernel, and with more devices.
     pub(crate) fn boot_with(
         hypervisor: &Hypervisor,
+        kernel: &str,
         vcpus: u8,
         root: Box<dyn Disk>,
         more: Vec<Box<dyn VirtioDevice>>,
@@ -60,7 +61,7 @@ impl Guest {
             vcpus: VcpuCount::new(vcpus).expect("a count"),
             memory: MemorySize::new(MEMORY).expect("a size"),
             boot: BootSource::Kernel {
-                kernel: file("vmlinuz"),
+                kernel: file(kernel),
                 initrd: Some(file("inner.cpio")),
                 command_line: COMMAND_LINE.parse().expect("a command line"),
             },
@@ -100,14 +101,7 @@ impl Guest {
 
     /// Has init run a command; returns its status and output.
     pub(crate) fn try_run(&mut self, command: &str) -> (i32, String) {
-        let start = self.screen.len();
-        self.type_line(command);
-        self.screen.wait(start, command, |text| {
-            let (output, rest) = text.split_once("@done ")?;
-            let (status, _) = rest.split_once('\n')?;
-            let output = output.replace('\r', "").trim().to_owned();
-            Some((status.trim().parse().ok()?, output))
-        })
+        obey(&self.screen, &mut self.keyboard, command)
     }
 
     /// Types a line, and does not wait.
@@ -130,4 +124,17 @@ impl Guest {
             )
         })
     }
+}
+
+/// Has the init at a console run a command; returns its status and output.
+pub(crate) fn obey(screen: &Screen, keyboard: &mut UnixStream, command: &str) -> (i32, String) {
+    let start = screen.len();
+    let typed = keyboard.write_all(format!("{command}\n").as_bytes());
+    typed.expect("the console listens");
+    screen.wait(start, command, |text| {
+        let (output, rest) = text.split_once("@done ")?;
+        let (status, _) = rest.split_once('\n')?;
+        let output = output.replace('\r', "").trim().to_owned();
+        Some((status.trim().parse().ok()?, output))
+    })
 }

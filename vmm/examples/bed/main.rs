@@ -4,9 +4,11 @@
 //! Says `ok` or `FAILED` for each case.
 
 mod cases;
+mod compare;
 mod console;
 mod devices;
 mod guest;
+mod jailed;
 mod sockets;
 
 use std::io::{self, Write};
@@ -16,6 +18,10 @@ use std::time::Instant;
 
 use insula_vmm::Hypervisor;
 
+/// The allocator of the program that monitors are started from: the filters are made for it.
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+
 fn main() -> ExitCode {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
     let words: Vec<&str> = arguments.iter().map(String::as_str).collect();
@@ -23,6 +29,15 @@ fn main() -> ExitCode {
     match words.as_slice() {
         [] => cases(""),
         [word] => cases(word),
+        [jailed::VERB, orders] => insula_vmm::monitor::run(orders),
+        ["compare", rounds] => match compare::compare(rounds.parse().expect("a count")) {
+            Ok(true) => ExitCode::SUCCESS,
+            Ok(false) => ExitCode::FAILURE,
+            Err(why) => {
+                say(&format!("FAILED {why}"));
+                ExitCode::FAILURE
+            }
+        },
         ["answer", port, clients] => ended(sockets::answer(
             number(port),
             clients.parse().expect("a count"),

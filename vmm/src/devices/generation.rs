@@ -9,6 +9,7 @@ use std::io;
 
 use vm_memory::Bytes as _;
 
+use crate::entropy;
 use crate::layout;
 use crate::memory::GuestMemory;
 use crate::virtio::InterruptLine;
@@ -38,7 +39,7 @@ impl GenerationId {
     /// The first id of a new machine; nobody needs to be told.
     pub(crate) fn set(&self, memory: &GuestMemory) -> Result<(), GenerationError> {
         let mut id = [0; 16];
-        getrandom::fill(&mut id).map_err(|error| GenerationError::Entropy(error.into()))?;
+        entropy::fill(&mut id).map_err(GenerationError::Entropy)?;
         memory
             .write_slice(&id, layout::GENERATION_ID)
             .map_err(|_| GenerationError::Place)

@@ -18,7 +18,7 @@ pub use generation::GenerationError;
 pub(crate) use generation::GenerationId;
 use power::PowerRegisters;
 pub use serial::ConsoleCounts;
-pub(crate) use serial::{SerialPort, feed};
+pub(crate) use serial::{SerialPort, SerialSaved, feed};
 
 /// What a guest's access asks of the machine.
 pub(crate) type Request = Option<ExitReason>;

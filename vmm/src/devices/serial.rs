@@ -10,7 +10,8 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use rustix::event::{PollFd, PollFlags, poll};
-use vm_superio::serial::SerialEvents;
+use serde::{Deserialize, Serialize};
+use vm_superio::serial::{SerialEvents, SerialState};
 use vm_superio::{Serial, Trigger};
 
 use crate::event::Event;
@@ -102,8 +103,69 @@ impl Write for Output {
     }
 }
 
+/// The port's registers, and what the guest has not read yet.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct SerialSaved {
+    /// In the order of [`SerialState`]'s fields.
+    registers: [u8; 9],
+    input: Vec<u8>,
+}
+
+impl From<SerialState> for SerialSaved {
+    fn from(state: SerialState) -> Self {
+        Self {
+            registers: [
+                state.baud_divisor_low,
+                state.baud_divisor_high,
+                state.interrupt_enable,
+                state.interrupt_identification,
+                state.line_control,
+                state.line_status,
+                state.modem_control,
+                state.modem_status,
+                state.scratch,
+            ],
+            input: state.in_buffer,
+        }
+    }
+}
+
+impl From<&SerialSaved> for SerialState {
+    fn from(saved: &SerialSaved) -> Self {
+        let [
+            low,
+            high,
+            enable,
+            identification,
+            control,
+            status,
+            modem,
+            modem_status,
+            scratch,
+        ] = saved.registers;
+        Self {
+            baud_divisor_low: low,
+            baud_divisor_high: high,
+            interrupt_enable: enable,
+            interrupt_identification: identification,
+            line_control: control,
+            line_status: status,
+            modem_control: modem,
+            modem_status,
+            scratch,
+            in_buffer: saved.input.clone(),
+        }
+    }
+}
+
 impl SerialPort {
-    pub(crate) fn new(line: InterruptLine, output: Box<dyn Write + Send>) -> io::Result<Self> {
+    /// A new port, or one as it was saved.
+    pub(crate) fn new(
+        line: InterruptLine,
+        output: Box<dyn Write + Send>,
+        saved: Option<&SerialSaved>,
+    ) -> io::Result<Self> {
         let room = Event::new()?;
         let notes = Notes {
             room: room.try_clone()?,
@@ -113,12 +175,23 @@ impl SerialPort {
             other_side: output,
             counts: Arc::clone(&counts),
         };
+        let port = match saved {
+            None => Serial::with_events(Line(line), notes, output),
+            // Fails where more is to be in its buffer than there is room for.
+            Some(saved) => Serial::from_state(&saved.into(), Line(line), notes, output)
+                .map_err(|_| io::Error::from(io::ErrorKind::InvalidData))?,
+        };
         Ok(Self {
-            port: Mutex::new(Serial::with_events(Line(line), notes, output)),
+            port: Mutex::new(port),
             room,
             stop: Event::new()?,
             counts,
         })
+    }
+
+    /// Nobody may be using it.
+    pub(crate) fn save(&self) -> SerialSaved {
+        self.lock().state().into()
     }
 
     pub(crate) fn read(&self, register: u16) -> u8 {

@@ -217,6 +217,8 @@ fn result(returned: libc::ssize_t) -> io::Result<u64> {
 
 #[cfg(test)]
 mod tests {
+    use proptest::prelude::*;
+
     use super::*;
     use std::io::{Read, Write};
     use vm_memory::Bytes as _;
@@ -282,6 +284,47 @@ mod tests {
             segment(0, u32::MAX),
         ] {
             assert!(Vectors::new(&memory, &[lie]).is_none(), "{lie:?}");
+        }
+    }
+
+    proptest! {
+        /// A part is what one gets by writing all bytes in a row and cutting there.
+        #[test]
+        fn a_part_is_a_slice(
+            lengths in proptest::collection::vec(0_u32..50, 0..8),
+            offset in 0_u32..300,
+            bytes in 0_u32..300,
+        ) {
+            let mut at = 0_u64;
+            let mut segments = Vec::new();
+            let mut row = Vec::new();
+            for bytes in lengths {
+                segments.push(segment(at, bytes));
+                row.extend(at..at + u64::from(bytes));
+                at += 100;
+            }
+            let cut = row.iter().skip(offset as usize).take(bytes as usize);
+            let found = part(&segments, offset, bytes);
+            prop_assert!(found.iter().all(|segment| segment.bytes > 0));
+            let found = found.iter().flat_map(|segment| {
+                segment.address.0..segment.address.0 + u64::from(segment.bytes)
+            });
+            prop_assert!(found.eq(cut.copied()));
+        }
+
+        /// However a file takes bytes, what is left is what was not taken.
+        #[test]
+        fn advancing_takes_that_many_bytes(
+            lengths in proptest::collection::vec(0_u32..50, 1..8),
+            moved in 0_u64..400,
+        ) {
+            let memory = GuestMemory::from_ranges(&[(GuestAddress(0), 0x1000)]).expect("memory");
+            let segments: Vec<_> = lengths.iter().map(|bytes| segment(0, *bytes)).collect();
+            let mut vectors = Vectors::new(&memory, &segments).expect("memory");
+            let moved = moved.min(vectors.bytes());
+            let next = vectors.advance(0, moved);
+            let left: usize = vectors.list[next..].iter().map(|vector| vector.iov_len).sum();
+            prop_assert_eq!(left as u64, vectors.bytes() - moved);
         }
     }
 }

@@ -1,9 +1,10 @@
 //! A machine that runs in this process, and what belongs to it.
 
-use std::io;
+use std::fs::File;
+use std::io::{self, Write};
 
 use super::console::Hub;
-use super::description::{DescriptionError, MachineDescription, Meter, Parts};
+use super::description::{Begin, DescriptionError, MachineDescription, Meter, Parts};
 use super::protocol::{DeviceStatistics, Statistics};
 use super::wire::{Incoming, SlotError};
 use crate::config::{Console, MachineConfig};
@@ -11,6 +12,7 @@ use crate::jail::seccomp::{Filters, SeccompError};
 use crate::jail::syscalls::Kind;
 use crate::kvm::{Hypervisor, OpenError};
 use crate::machine::{BuildError, LifeError, Machine};
+use crate::snapshot::FormatError;
 use crate::threads::{ThreadKind, Threads};
 use crate::vcpu::ExitCounts;
 
@@ -33,6 +35,17 @@ pub(super) enum StartError {
     Life(#[from] LifeError),
 }
 
+/// Why a machine was not saved.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum SaveError {
+    #[error(transparent)]
+    Life(#[from] LifeError),
+    #[error(transparent)]
+    Format(#[from] FormatError),
+    #[error("writing the state: {0}")]
+    File(#[from] io::Error),
+}
+
 /// The machine, its console's other side, and its meters.
 pub(super) struct Alive {
     pub(super) machine: Machine,
@@ -50,24 +63,35 @@ impl Alive {
     ) -> Result<Self, StartError> {
         let hypervisor = Hypervisor::from_device(with.take(description.kvm)?)?;
         let Parts {
-            vcpus,
-            memory,
-            boot,
+            begin,
             devices,
             meters,
         } = description.realize(with)?;
         let (hub, printed, input) = Hub::new()?;
-        let config = MachineConfig {
-            vcpus,
-            memory,
-            boot,
-            console: Console {
-                output: Box::new(printed),
-                input: Some(input),
-            },
-            devices,
+        let console = Console {
+            output: Box::new(printed),
+            input: Some(input),
         };
-        let mut machine = Machine::new(&hypervisor, config, &behind(filters))?;
+        let threads = behind(filters);
+        let mut machine = match begin {
+            Begin::Boot {
+                vcpus,
+                memory,
+                boot,
+            } => {
+                let config = MachineConfig {
+                    vcpus,
+                    memory,
+                    boot,
+                    console,
+                    devices,
+                };
+                Machine::new(&hypervisor, config, &threads)?
+            }
+            Begin::Snapshot(snapshot) => {
+                Machine::restore(&hypervisor, *snapshot, console, devices, &threads)?
+            }
+        };
         filters.install(Kind::Api)?;
         machine.resume()?;
         Ok(Self {
@@ -75,6 +99,15 @@ impl Alive {
             hub,
             meters,
         })
+    }
+
+    /// Writes state and memory into these files; returns when both are durable.
+    pub(super) fn save(&self, state: &mut File, memory: &File) -> Result<(), SaveError> {
+        let saved = self.machine.save()?;
+        self.machine.save_memory(memory)?;
+        state.write_all(&saved.encode()?)?;
+        state.sync_data()?;
+        Ok(())
     }
 
     pub(super) fn statistics(&self) -> Statistics {

@@ -1,7 +1,7 @@
 //! A machine as the host describes it, and the configuration that it becomes in the monitor.
 
 use std::fs::File;
-use std::io;
+use std::io::{self, Read};
 use std::sync::Arc;
 
 use insula_types::Bytes;
@@ -11,6 +11,7 @@ use super::wire::{Incoming, Slot, SlotError};
 use crate::boot::{BootSource, CommandLineError};
 use crate::config::{VcpuCount, VcpuCountError};
 use crate::memory::{MemoryError, MemorySize};
+use crate::snapshot::{FormatError, MachineState, STATE_MAX_BYTES, Snapshot};
 use crate::virtio::VirtioDevice;
 use crate::virtio::block::{
     Access, BaseId, Block, Disk, DiskCounts, DiskError, Overlay, OverlayError, RawDisk,
@@ -22,20 +23,38 @@ use crate::virtio::rng::Rng;
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct MachineDescription {
-    /// Processors.
-    pub vcpus: u8,
-    /// Memory.
-    pub memory_bytes: u64,
     /// `/dev/kvm`.
     pub kvm: Slot,
-    /// bzImage, or ELF with a PVH note.
-    pub kernel: Slot,
-    /// The initial ramdisk.
-    pub initrd: Option<Slot>,
-    /// What the kernel is told.
-    pub command_line: String,
+    /// Where its first instruction comes from.
+    pub origin: Origin,
     /// In the order in which the guest finds them.
     pub disks: Vec<DiskDescription>,
+}
+
+/// What a machine begins with.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields)]
+pub enum Origin {
+    /// A kernel.
+    Boot {
+        /// Processors.
+        vcpus: u8,
+        /// Memory.
+        memory_bytes: u64,
+        /// bzImage, or ELF with a PVH note.
+        kernel: Slot,
+        /// The initial ramdisk.
+        initrd: Option<Slot>,
+        /// What the kernel is told.
+        command_line: String,
+    },
+    /// A machine that was saved. The disks are to be as they were then.
+    Snapshot {
+        /// All but its memory.
+        state: Slot,
+        /// Its memory; only read.
+        memory: Slot,
+    },
 }
 
 /// One disk.
@@ -115,6 +134,9 @@ pub enum DescriptionError {
         /// What was given.
         given: String,
     },
+    /// The state of a saved machine.
+    #[error(transparent)]
+    State(#[from] FormatError),
     /// A file.
     #[error(transparent)]
     File(#[from] io::Error),
@@ -123,11 +145,20 @@ pub enum DescriptionError {
 /// What the description becomes, but for the console.
 #[derive(Debug)]
 pub(super) struct Parts {
-    pub(super) vcpus: VcpuCount,
-    pub(super) memory: MemorySize,
-    pub(super) boot: BootSource,
+    pub(super) begin: Begin,
     pub(super) devices: Vec<Box<dyn VirtioDevice>>,
     pub(super) meters: Vec<Meter>,
+}
+
+/// What a machine begins with, checked and open.
+#[derive(Debug)]
+pub(super) enum Begin {
+    Boot {
+        vcpus: VcpuCount,
+        memory: MemorySize,
+        boot: BootSource,
+    },
+    Snapshot(Box<Snapshot>),
 }
 
 /// Where a device's bytes are counted, by its place among the devices.
@@ -154,16 +185,7 @@ impl Meter {
 impl MachineDescription {
     /// Checks everything, and takes the descriptors.
     pub(super) fn realize(self, with: &mut Incoming) -> Result<Parts, DescriptionError> {
-        let vcpus = VcpuCount::new(self.vcpus)?;
-        let bytes = self.memory_bytes;
-        let memory = Bytes::new(bytes).map_err(|_| DescriptionError::Bytes { bytes })?;
-        let memory = MemorySize::new(memory)?;
-        let initrd = self.initrd.map(|slot| with.take(slot)).transpose()?;
-        let boot = BootSource::Kernel {
-            kernel: with.take(self.kernel)?.into(),
-            initrd: initrd.map(File::from),
-            command_line: self.command_line.parse()?,
-        };
+        let begin = self.origin.open(with)?;
         let (mut devices, mut meters) = (Vec::<Box<dyn VirtioDevice>>::new(), Vec::new());
         for disk in self.disks {
             let serial = disk.serial.parse()?;
@@ -174,12 +196,47 @@ impl MachineDescription {
         devices.push(Box::new(Rng::default()));
         meters.push(Meter::Nothing);
         Ok(Parts {
-            vcpus,
-            memory,
-            boot,
+            begin,
             devices,
             meters,
         })
+    }
+}
+
+impl Origin {
+    fn open(self, with: &mut Incoming) -> Result<Begin, DescriptionError> {
+        match self {
+            Self::Boot {
+                vcpus,
+                memory_bytes: bytes,
+                kernel,
+                initrd,
+                command_line,
+            } => {
+                let memory = Bytes::new(bytes).map_err(|_| DescriptionError::Bytes { bytes })?;
+                let initrd = initrd.map(|slot| with.take(slot)).transpose()?;
+                Ok(Begin::Boot {
+                    vcpus: VcpuCount::new(vcpus)?,
+                    memory: MemorySize::new(memory)?,
+                    boot: BootSource::Kernel {
+                        kernel: with.take(kernel)?.into(),
+                        initrd: initrd.map(File::from),
+                        command_line: command_line.parse()?,
+                    },
+                })
+            }
+            Self::Snapshot { state, memory } => {
+                let mut bytes = Vec::new();
+                let most = STATE_MAX_BYTES as u64 + 1;
+                File::from(with.take(state)?)
+                    .take(most)
+                    .read_to_end(&mut bytes)?;
+                Ok(Begin::Snapshot(Box::new(Snapshot {
+                    state: MachineState::decode(&bytes)?,
+                    memory: with.take(memory)?.into(),
+                })))
+            }
+        }
     }
 }
 

@@ -11,6 +11,7 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
 use super::description::MachineDescription;
+use super::wire::Slot;
 use crate::machine::Phase;
 
 /// Of this protocol. Raised with every change that an older side would not understand.
@@ -39,6 +40,13 @@ pub enum Request {
     End {
         /// What the record of its end is to say.
         cause: Cause,
+    },
+    /// Saves it, while it is paused, and makes durable what it wrote to its disks.
+    Save {
+        /// An empty file for its state.
+        state: Slot,
+        /// An empty file for its memory.
+        memory: Slot,
     },
     /// What it did so far.
     Statistics,

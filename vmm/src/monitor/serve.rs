@@ -11,6 +11,7 @@
 //! does not notice. Nothing here waits for a peer: a connection whose answer does not fit into its
 //! socket is closed.
 
+use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::time::{Duration, Instant};
@@ -216,6 +217,15 @@ impl Service {
                 alive.machine.press_power_button();
                 Reply::Done
             }
+            Request::Save { state, memory } => match (with.take(state), with.take(memory)) {
+                (Ok(state), Ok(memory)) => {
+                    match alive.save(&mut File::from(state), &File::from(memory)) {
+                        Ok(()) => Reply::Done,
+                        Err(error) => refused(&error),
+                    }
+                }
+                (Err(error), _) | (_, Err(error)) => refused(&error),
+            },
             Request::Statistics => Reply::Statistics {
                 of: Box::new(alive.statistics()),
             },

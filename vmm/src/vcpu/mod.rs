@@ -27,6 +27,7 @@ use vmm_sys_util::signal::Killable;
 use crate::devices::Devices;
 use crate::exit::{Ending, ExitReason};
 use crate::kvm::{KvmError, failed};
+use crate::snapshot::{self, MsrList, VcpuState};
 use crate::threads::{ThreadKind, Threads};
 
 use counts::Counters;
@@ -40,6 +41,7 @@ const COMMANDS: usize = 4;
 enum Command {
     Run,
     Park(SyncSender<()>),
+    Save(SyncSender<Result<VcpuState, KvmError>>, Arc<MsrList>),
     Stop,
 }
 
@@ -129,6 +131,15 @@ impl Vcpu {
         })
     }
 
+    /// All that KVM keeps of it. It has to be parked.
+    pub(crate) fn save(&self, msrs: &Arc<MsrList>) -> Result<VcpuState, VcpuError> {
+        let number = self.number;
+        let (answer, saved) = sync_channel(1);
+        self.send(Command::Save(answer, Arc::clone(msrs)))?;
+        let saved = saved.recv().map_err(|_| VcpuError::Gone { number })?;
+        Ok(saved?)
+    }
+
     pub(crate) fn exits(&self) -> ExitCounts {
         self.counters.read()
     }
@@ -209,6 +220,12 @@ impl Runner {
                 (Some(Command::Stop), _) => return,
                 (Some(Command::Run), State::Ended) => State::Ended,
                 (Some(Command::Run), _) => State::Running,
+                (Some(Command::Save(answer, msrs)), before) => {
+                    let saved = snapshot::save_vcpu(self.vcpu.vcpu(), &msrs);
+                    // Whoever asked may have given up.
+                    let _ = answer.send(saved);
+                    before
+                }
                 (Some(Command::Park(parked)), before) => {
                     let after = match before {
                         State::Running => self.finish_exit(),

@@ -168,6 +168,14 @@ pub trait VirtioDevice: Send + fmt::Debug {
     /// Back to before activation: whatever is under way is dropped.
     fn reset(&mut self);
 
+    /// Makes durable what was written so far, for a copy of the host's files. The worker is at rest.
+    ///
+    /// # Errors
+    /// The host side's; the device goes on.
+    fn settle(&mut self) -> Result<(), DeviceError> {
+        Ok(())
+    }
+
     /// What a restored device needs beyond features, queues and configuration space. The worker
     /// is at rest: no request is under way.
     fn save(&self) -> DeviceState {

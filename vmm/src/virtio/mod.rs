@@ -25,6 +25,8 @@ pub mod balloon;
 pub mod block;
 mod config_space;
 mod device;
+#[cfg(test)]
+mod fuzz;
 mod interrupt;
 pub mod net;
 pub mod queue;

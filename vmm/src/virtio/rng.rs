@@ -5,6 +5,7 @@ use std::sync::Arc;
 use super::config_space::ConfigSpace;
 use super::device::{DeviceError, DeviceKind, QueueSpec, VirtioDevice};
 use super::queue::Queues;
+use crate::entropy;
 
 /// What one request gets at most: the driver asks again for more. Linux asks for at most 64 bytes.
 const REQUEST_BYTES: u32 = 4096;
@@ -62,9 +63,9 @@ impl VirtioDevice for Rng {
 }
 
 fn fill(bytes: &mut [u8]) -> Result<(), DeviceError> {
-    getrandom::fill(bytes).map_err(|error| DeviceError::Host {
+    entropy::fill(bytes).map_err(|source| DeviceError::Host {
         what: "getting entropy",
-        source: error.into(),
+        source,
     })
 }
 
@@ -72,6 +73,7 @@ fn fill(bytes: &mut [u8]) -> Result<(), DeviceError> {
 mod tests {
     use super::super::testing::{Driver, INDIRECT, MEMORY_BYTES, NEXT, WRITE};
     use super::*;
+    use virtio_bindings::virtio_ring::VIRTIO_RING_F_EVENT_IDX;
 
     fn live() -> Driver {
         Driver::live(Rng::default(), 0)
@@ -190,5 +192,24 @@ mod tests {
         driver.make_available(0, 2);
         driver.notify(0);
         assert_eq!(driver.wait_used(0), (2, 16));
+    }
+
+    /// Indices count to 2^16 and begin anew, with and without event indices.
+    #[test]
+    fn indices_wrap_around() {
+        for features in [0, 1 << VIRTIO_RING_F_EVENT_IDX] {
+            let mut driver = Driver::live(Rng::default(), features);
+            // Sixteen at once, sixteen to a ring.
+            for round in 0..4100_u32 {
+                driver.forget_buffers();
+                for _ in 0..16 {
+                    driver.offer(0, &[], &[1]);
+                }
+                driver.notify(0);
+                for head in 0..16 {
+                    assert_eq!(driver.wait_used(0), (head, 1), "round {round}");
+                }
+            }
+        }
     }
 }

@@ -41,6 +41,9 @@ pub enum WorkerError {
     /// The device panicked before.
     #[error("the device's thread is gone")]
     Gone,
+    /// What the device keeps could not be made durable.
+    #[error("saving: {0}")]
+    Save(DeviceError),
     /// The device did not take its saved state.
     #[error("restoring: {0}")]
     Restore(DeviceError),
@@ -92,7 +95,7 @@ enum Command {
     Reset(SyncSender<()>),
     Hold(SyncSender<()>),
     Release,
-    Save(SyncSender<WorkerState>),
+    Save(SyncSender<Result<WorkerState, DeviceError>>),
     Restore(DeviceState, SyncSender<Result<(), DeviceError>>),
     Stop,
 }
@@ -183,7 +186,7 @@ impl Worker {
     }
 
     pub(super) fn save(&self) -> Result<WorkerState, WorkerError> {
-        self.ask(Command::Save)
+        self.ask(Command::Save)?.map_err(WorkerError::Save)
     }
 
     pub(super) fn restore(&self, state: DeviceState) -> Result<(), WorkerError> {
@@ -292,10 +295,12 @@ impl Runner {
             Command::Save(answer) => {
                 let rings = self.live.as_ref().map_or(&[][..], Queues::rings);
                 let position = |ring: &Ring| (ring.queue.next_avail(), ring.queue.next_used());
-                let _ = answer.send(WorkerState {
+                let positions = rings.iter().map(position).collect();
+                let saved = self.device.settle().map(|()| WorkerState {
                     device: self.device.save(),
-                    positions: rings.iter().map(position).collect(),
+                    positions,
                 });
+                let _ = answer.send(saved);
             }
             Command::Restore(state, answer) => {
                 let _ = answer.send(self.device.restore(&state));

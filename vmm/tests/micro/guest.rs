@@ -169,6 +169,11 @@ impl Guest {
         self
     }
 
+    pub(crate) fn boxed_device(mut self, device: Box<dyn VirtioDevice>) -> Self {
+        self.devices.push(device);
+        self
+    }
+
     /// The machine, paused.
     pub(crate) fn build(self, hypervisor: &Hypervisor) -> Machine {
         let config = MachineConfig {

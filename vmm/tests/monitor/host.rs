@@ -11,7 +11,7 @@ use std::process::{Child, ExitStatus};
 use std::time::{Duration, Instant};
 
 use insula_vmm::Hypervisor;
-use insula_vmm::monitor::description::{DiskDescription, MachineDescription, Writes};
+use insula_vmm::monitor::description::{DiskDescription, MachineDescription, Origin, Writes};
 use insula_vmm::monitor::launch::{self, Orders, Walls};
 use insula_vmm::monitor::protocol::{Record, Request};
 use insula_vmm::monitor::wire::Outgoing;
@@ -114,12 +114,14 @@ impl Monitored {
         let overlay = new_file(&self.path("overlay"))?;
         let mut with = Outgoing::default();
         let machine = MachineDescription {
-            vcpus: 2,
-            memory_bytes: 16 << 20,
             kvm: with.add(kvm.as_fd())?,
-            kernel: with.add(kernel.as_fd())?,
-            initrd: None,
-            command_line: String::new(),
+            origin: Origin::Boot {
+                vcpus: 2,
+                memory_bytes: 16 << 20,
+                kernel: with.add(kernel.as_fd())?,
+                initrd: None,
+                command_line: String::new(),
+            },
             disks: vec![DiskDescription {
                 serial: "root".to_owned(),
                 image: with.add(disk.as_fd())?,

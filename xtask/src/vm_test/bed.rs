@@ -9,12 +9,13 @@ use serde_json::Value;
 
 use super::cpio::Archive;
 use super::debian::Debian;
+use super::vmlinux;
 use crate::repository::{Repository, cargo};
 use crate::say;
 use crate::tools::run;
 
 /// What makes `/dev/kvm` and `/dev/net/tun`, in the order in which they are loaded.
-const HOST_MODULES: [&str; 4] = [
+pub(super) const HOST_MODULES: [&str; 4] = [
     "virt/lib/irqbypass",
     "arch/x86/kvm/kvm",
     "arch/x86/kvm/kvm-amd",
@@ -38,9 +39,20 @@ const GUEST_MODULES: [&str; 12] = [
     "drivers/virtio/virtio_balloon",
 ];
 
-/// Of the bed: brings up KVM, runs the tests, goes off.
+/// What its tests load themselves, from the root disk.
+const ROOT_MODULES: [&str; 2] = ["drivers/input/evdev", "drivers/acpi/button"];
+
+/// Of the bed: goes over to a root that can be left again, as a jail does; brings up
+/// KVM, runs the tests, goes off.
 const HOST_INIT: &str = r#"#!/bin/busybox sh
 B=/bin/busybox
+if [ "$1" != again ]; then
+    $B mkdir /new
+    $B mount -t tmpfs new /new
+    $B cp -a /init /bin /bed /modules /new
+    $B mkdir /new/proc /new/sys /new/dev /new/tmp
+    exec $B switch_root /new /init again
+fi
 $B mount -t proc proc /proc
 $B mount -t sysfs sysfs /sys
 $B mount -t devtmpfs dev /dev
@@ -55,7 +67,17 @@ else
     $B cat /tmp/micro
     echo "bed: FAILED micro-guests under nested KVM"
 fi
+if [ -n "$only" ]; then
+    true
+elif /bed/monitor --test-threads=1 > /tmp/monitor 2>&1; then
+    echo "bed: ok monitor processes under nested KVM: $($B grep '^test result' /tmp/monitor)"
+else
+    $B cat /tmp/monitor
+    echo "bed: FAILED monitor processes under nested KVM"
+fi
 /bed/bed $only
+# System calls for which a monitor was ended.
+$B dmesg | $B grep type=1326
 echo "bed: end"
 $B poweroff -f
 "#;
@@ -106,7 +128,10 @@ pub(super) fn build(repository: &Repository, dir: &Path, debian: &Debian) -> Res
     modules(&mut bed, debian, &HOST_MODULES)?;
     bed.copy("bed/bed", &programs.bed)?;
     bed.copy("bed/micro", &programs.micro)?;
+    bed.copy("bed/monitor", &programs.monitor)?;
     bed.copy("bed/vmlinuz", &debian.kernel)?;
+    let kernel = fs::read(&debian.kernel).context("reading the kernel")?;
+    bed.file("bed/vmlinux", &vmlinux::extract(&kernel)?)?;
     bed.file("bed/inner.cpio", &inner.finish()?)?;
     bed.copy("bed/root.ext4", &root)?;
     let image = dir.join("bed.cpio");
@@ -118,12 +143,12 @@ fn name(module: &str) -> &str {
     module.rsplit('/').next().unwrap_or(module)
 }
 
-fn with_modules(script: &str, modules: &[&str]) -> String {
+pub(super) fn with_modules(script: &str, modules: &[&str]) -> String {
     let names: Vec<&str> = modules.iter().map(|module| name(module)).collect();
     script.replace("MODULES", &names.join(" "))
 }
 
-fn modules(archive: &mut Archive, debian: &Debian, modules: &[&str]) -> Result<()> {
+pub(super) fn modules(archive: &mut Archive, debian: &Debian, modules: &[&str]) -> Result<()> {
     for module in modules {
         let name = format!("modules/{}.ko", name(module));
         archive.copy(&name, &debian.module(module))?;
@@ -131,17 +156,18 @@ fn modules(archive: &mut Archive, debian: &Debian, modules: &[&str]) -> Result<(
     Ok(())
 }
 
-struct Programs {
-    bed: PathBuf,
+pub(super) struct Programs {
+    pub(super) bed: PathBuf,
     micro: PathBuf,
+    monitor: PathBuf,
 }
 
 /// Links the tests statically, for a system that has no libraries.
-fn programs(repository: &Repository, dir: &Path) -> Result<Programs> {
+pub(super) fn programs(repository: &Repository, dir: &Path) -> Result<Programs> {
     say("   building the machine tests, linked statically");
     let output = cargo(&repository.root)
         .args(["build", "--release", "--package", "insula-vmm"])
-        .args(["--example", "bed", "--test", "micro"])
+        .args(["--example", "bed", "--test", "micro", "--test", "monitor"])
         // Named, so that build scripts and procedural macros are not linked statically as well.
         .args(["--target", "x86_64-unknown-linux-gnu"])
         .arg("--target-dir")
@@ -167,6 +193,7 @@ fn programs(repository: &Repository, dir: &Path) -> Result<Programs> {
     Ok(Programs {
         bed: find("bed")?,
         micro: find("micro")?,
+        monitor: find("monitor")?,
     })
 }
 
@@ -175,11 +202,16 @@ fn root_disk(dir: &Path, debian: &Debian, bed: &Path) -> Result<PathBuf> {
     let content = dir.join("root");
     let _ = fs::remove_dir_all(&content);
     let bin = content.join("bin");
-    for directory in [&bin, &content.join("dev")] {
+    let modules = content.join("modules");
+    for directory in [&bin, &modules, &content.join("dev")] {
         fs::create_dir_all(directory).with_context(|| directory.display().to_string())?;
     }
     fs::copy(&debian.busybox, bin.join("busybox")).context("copying busybox")?;
     fs::copy(bed, bin.join("bed")).context("copying the bed's program")?;
+    for module in ROOT_MODULES {
+        let to = modules.join(format!("{}.ko", name(module)));
+        fs::copy(debian.module(module), &to).with_context(|| to.display().to_string())?;
+    }
     let init = content.join("init");
     fs::write(&init, ROOT_INIT).with_context(|| init.display().to_string())?;
     executable(&init)?;

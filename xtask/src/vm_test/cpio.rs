@@ -23,10 +23,15 @@ impl Archive {
     pub(super) fn new() -> Result<Self> {
         let mut archive = Self::default();
         for directory in ["bin", "dev", "proc", "sys", "tmp", "root", "modules", "bed"] {
-            archive.entry(directory, DIRECTORY, (0, 0), &[])?;
+            archive.directory(directory)?;
         }
         archive.entry("dev/console", CHARACTER_DEVICE, (5, 1), &[])?;
         Ok(archive)
+    }
+
+    /// A folder of its own, before what lies in it.
+    pub(super) fn directory(&mut self, name: &str) -> Result<()> {
+        self.entry(name, DIRECTORY, (0, 0), &[])
     }
 
     /// A file that may be executed.

@@ -13,8 +13,10 @@
 //! it is not there and we are root. Nothing else of the system is changed.
 
 mod bed;
+mod bench;
 mod cpio;
 mod debian;
+mod vmlinux;
 
 use std::io::{BufRead, BufReader};
 use std::path::Path;
@@ -46,8 +48,26 @@ pub(crate) fn run(repository: &Repository, only: Option<&str>) -> Result<ExitCod
     let dir = repository.target.join("vm-bed");
     let debian = debian::ensure(&dir)?;
     let image = bed::build(repository, &dir, &debian)?;
+    let more = only.map(|word| format!("only={word}")).unwrap_or_default();
+    tell(&dir, &debian.kernel, &image, &more)
+}
+
+/// The monitor beside QEMU's microvm machine. The last line is `N passed, N failed`, of bounds.
+pub(crate) fn bench(repository: &Repository, rounds: Option<&str>) -> Result<ExitCode> {
+    let rounds: u8 = rounds
+        .unwrap_or("5")
+        .parse()
+        .context("a number of rounds")?;
+    let dir = repository.target.join("vm-bed");
+    let debian = debian::ensure(&dir)?;
+    let image = bench::build(repository, &dir, &debian)?;
+    let more = format!("rounds={}", rounds.max(1));
+    tell(&dir, &debian.kernel, &image, &more)
+}
+
+fn tell(dir: &Path, kernel: &Path, image: &Path, more: &str) -> Result<ExitCode> {
     let start = Instant::now();
-    let report = boot(&dir, &debian.kernel, &image, only)?;
+    let report = boot(dir, kernel, image, more)?;
     say(&format!(
         "{} passed, {} failed in {} s",
         report.passed,
@@ -88,8 +108,8 @@ impl Report {
 }
 
 /// Boots the bed in emulation; its console goes to `console.log` beside the image.
-fn boot(dir: &Path, kernel: &Path, image: &Path, only: Option<&str>) -> Result<Report> {
-    let mut emulator = Emulator::start(kernel, image, only)?;
+fn boot(dir: &Path, kernel: &Path, image: &Path, more: &str) -> Result<Report> {
+    let mut emulator = Emulator::start(kernel, image, more)?;
     let console = emulator
         .0
         .stdout
@@ -145,12 +165,8 @@ fn boot(dir: &Path, kernel: &Path, image: &Path, only: Option<&str>) -> Result<R
 struct Emulator(Child);
 
 impl Emulator {
-    fn start(kernel: &Path, image: &Path, only: Option<&str>) -> Result<Self> {
-        let mut command_line = "console=ttyS0 panic=-1 quiet".to_owned();
-        if let Some(word) = only {
-            command_line += " only=";
-            command_line += word;
-        }
+    fn start(kernel: &Path, image: &Path, more: &str) -> Result<Self> {
+        let command_line = format!("console=ttyS0 panic=-1 quiet {more}");
         let mut command = Command::new("qemu-system-x86_64");
         command
             .args([

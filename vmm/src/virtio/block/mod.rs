@@ -316,6 +316,12 @@ impl VirtioDevice for Block {
     fn reset(&mut self) {
         self.throttle.iter_mut().for_each(Throttle::go_on);
     }
+
+    fn settle(&mut self) -> Result<(), DeviceError> {
+        let what = "flushing the disk";
+        let flushed = self.disk.flush();
+        flushed.map_err(|source| DeviceError::Host { what, source })
+    }
 }
 
 /// `struct virtio_blk_config` (5.2.4).

@@ -137,7 +137,7 @@ impl Tap {
 
     /// One end of a pair of datagram sockets, in place of an interface.
     #[cfg(test)]
-    pub(super) fn from_socket(socket: std::os::unix::net::UnixDatagram) -> Self {
+    pub(in crate::virtio) fn from_socket(socket: std::os::unix::net::UnixDatagram) -> Self {
         socket.set_nonblocking(true).expect("a socket");
         Self {
             descriptor: socket.into(),
