@@ -30,6 +30,7 @@
 //! to the host.
 
 pub mod admission;
+mod batch;
 pub mod clock;
 pub mod conduct;
 mod deadlines;
@@ -39,7 +40,9 @@ pub mod exchange;
 pub mod jobs;
 pub mod pace;
 pub mod request_id;
+mod run_queue;
 mod runners;
+mod slot;
 pub mod versions;
 pub mod worker;
 

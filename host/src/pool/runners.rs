@@ -37,8 +37,9 @@ use insula_scheduler::WorkerId;
 use insula_types::Outcome;
 use tokio::runtime::Handle;
 
+use super::batch::{Slice, poll_once};
 use super::clock::{self, Claim};
-use super::dispatcher::{Pool, Slice, poll_once};
+use super::dispatcher::Pool;
 use super::exchange::Exchange;
 use super::jobs::{JobWaker, Wakefulness, Work};
 use super::pace::{Ending, Lane};

@@ -14,7 +14,7 @@ use tokio::runtime::LocalOptions;
 use tokio::sync::watch;
 
 use super::Pool;
-use super::dispatcher::{self, After};
+use super::batch::{self, After};
 use crate::ingress::Ingress;
 
 /// Why a worker could not start.
@@ -115,7 +115,7 @@ fn work(
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_io()
         .enable_time()
-        .on_thread_unpark(dispatcher::slept)
+        .on_thread_unpark(batch::slept)
         .build_local(LocalOptions::default())?;
     let id = WorkerId::new(index);
     runtime.block_on(async {
