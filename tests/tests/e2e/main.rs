@@ -18,4 +18,5 @@ mod python;
 mod roles;
 mod samples;
 mod streaming;
+mod tls;
 mod traffic;
