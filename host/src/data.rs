@@ -124,6 +124,7 @@ pub fn start(
     let ingress = Ingress::new(
         Arc::clone(&pool),
         metrics.clone(),
+        config.workers,
         config.certificate.clone(),
     );
     let listeners = worker::listeners(config.listen, config.workers)?;

@@ -6,7 +6,9 @@
 //! 1. fresh and woken jobs before preempted ones (short jobs finish first, as
 //!    in a two-level feedback queue: Corbató, Daggett, Daley, 1962), but after
 //!    [`FRESH_RUN_MAX`] of them in a row one preempted job, so that a flood of
-//!    new requests cannot hold an old one for ever;
+//!    new requests cannot hold an old one for ever; one that is continued is
+//!    the first of the preempted ones, so that its turn may be longer than a
+//!    slice: the levels of a feedback queue have longer turns as they go down;
 //! 2. inside a class first come, first served, except that a job whose home is
 //!    the asking worker is preferred among the first [`LOCAL_SCAN`], unless
 //!    the oldest has been passed over [`PASSED_OVER_MAX`] times.
@@ -28,6 +30,8 @@ const NONE: u32 = u32::MAX;
 pub(crate) enum Lane {
     Fresh,
     Preempted,
+    /// First of the preempted ones.
+    Continued,
     /// First in line.
     Paused,
 }
@@ -105,6 +109,20 @@ impl Fifo {
             tail => slab.nodes[tail as usize].next = at,
         }
         self.tail = at;
+    }
+
+    fn push_front(&mut self, slab: &mut JobSlab, job: JobId, home: WorkerId) {
+        let at = slab.alloc(Node {
+            job,
+            home,
+            prev: NONE,
+            next: self.head,
+        });
+        match self.head {
+            NONE => self.tail = at,
+            head => slab.nodes[head as usize].prev = at,
+        }
+        self.head = at;
     }
 
     fn unlink(&mut self, slab: &mut JobSlab, at: u32) -> Node {
@@ -196,6 +214,7 @@ impl JobQueue {
         match lane {
             Lane::Fresh => self.fresh.push(slab, job, home),
             Lane::Preempted => self.preempted.push(slab, job, home),
+            Lane::Continued => self.preempted.push_front(slab, job, home),
             Lane::Paused => self.paused.push(slab, job, home),
         }
         self.len += 1;

@@ -65,6 +65,10 @@ pub enum SliceEnd {
     Blocked,
     /// The job could go on; it is queued again behind the tenant's other jobs.
     Preempted,
+    /// The job could go on, and its turn among the preempted ones is not over: it is queued again
+    /// before these. So a job that is long for a slice is done in a few turns, while what it works
+    /// on is still in the core's caches.
+    Continued,
     /// The slice is not over: the core was taken from it in its middle. It is queued again before
     /// all other jobs of its tenant, so that no more of them are begun than there are workers.
     Paused,
@@ -213,20 +217,12 @@ impl Scheduler {
         self.last_finish = self.last_finish.max(tenant.start);
         let fate = match (end, tenant.life) {
             (SliceEnd::Finished | SliceEnd::Blocked, _) => Fate::Released,
-            (SliceEnd::Preempted | SliceEnd::Paused, Life::Leaving) => Fate::Orphaned,
-            (SliceEnd::Preempted | SliceEnd::Paused, Life::Present) => {
-                let lane = if end == SliceEnd::Paused {
-                    Lane::Paused
-                } else {
-                    Lane::Preempted
-                };
-                tenant
-                    .queue
-                    .push(&mut self.jobs, slice.job, slice.home, lane);
-                self.queued += 1;
-                Fate::Requeued
-            }
+            (_, Life::Leaving) => Fate::Orphaned,
+            (SliceEnd::Preempted, Life::Present) => self.requeue(&slice, Lane::Preempted),
+            (SliceEnd::Continued, Life::Present) => self.requeue(&slice, Lane::Continued),
+            (SliceEnd::Paused, Life::Present) => self.requeue(&slice, Lane::Paused),
         };
+        let tenant = self.tenants.get(slice.slot);
         let id = tenant.id;
         let vacant = tenant.life == Life::Leaving && tenant.running == 0;
         self.running -= 1;
@@ -247,6 +243,17 @@ impl Scheduler {
             fate,
             runnable: self.runnable,
         })
+    }
+}
+
+impl Scheduler {
+    fn requeue(&mut self, slice: &Slice, lane: Lane) -> Fate {
+        let tenant = self.tenants.get_mut(slice.slot);
+        tenant
+            .queue
+            .push(&mut self.jobs, slice.job, slice.home, lane);
+        self.queued += 1;
+        Fate::Requeued
     }
 }
 

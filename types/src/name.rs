@@ -35,13 +35,22 @@ pub enum NameError {
 }
 
 /// Checks `^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?$`.
-fn check_name(text: &str) -> Result<(), NameError> {
+fn check_label(text: &str) -> Result<(), NameError> {
+    check_name(text, "")
+}
+
+/// Checks the same with dots inside, as version numbers have them: `debian-6.1`.
+fn check_dotted(text: &str) -> Result<(), NameError> {
+    check_name(text, ".")
+}
+
+fn check_name(text: &str, beside: &str) -> Result<(), NameError> {
     if text.is_empty() {
         return Err(NameError::Empty);
     }
     let wrong = text
         .char_indices()
-        .find(|(_, c)| !matches!(c, 'a'..='z' | '0'..='9' | '-'));
+        .find(|(_, c)| !matches!(c, 'a'..='z' | '0'..='9' | '-') && !beside.contains(*c));
     if let Some((position, character)) = wrong {
         return Err(NameError::Character {
             character,
@@ -51,14 +60,15 @@ fn check_name(text: &str) -> Result<(), NameError> {
     if text.len() > NAME_MAX_BYTES {
         return Err(NameError::TooLong(text.len()));
     }
-    if text.starts_with('-') || text.ends_with('-') {
+    let ends = |c: char| c.is_ascii_alphanumeric();
+    if !text.starts_with(ends) || !text.ends_with(ends) {
         return Err(NameError::Hyphen);
     }
     Ok(())
 }
 
 macro_rules! name_type {
-    ($(#[$doc:meta])* $name:ident) => {
+    ($(#[$doc:meta])* $name:ident, $check:ident) => {
         $(#[$doc])*
         #[derive(Clone, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
         #[serde(try_from = "String", into = "String")]
@@ -75,7 +85,7 @@ macro_rules! name_type {
         impl FromStr for $name {
             type Err = NameError;
             fn from_str(text: &str) -> Result<Self, NameError> {
-                check_name(text)?;
+                $check(text)?;
                 Ok(Self(text.into()))
             }
         }
@@ -109,11 +119,23 @@ macro_rules! name_type {
 
 name_type!(
     /// The name of a tenant: who pays, and who owns services and machines.
-    TenantName
+    TenantName,
+    check_label
 );
 name_type!(
     /// The name of a service within its tenant.
-    ServiceName
+    ServiceName,
+    check_label
+);
+name_type!(
+    /// The name of a machine within its tenant.
+    MachineName,
+    check_label
+);
+name_type!(
+    /// The name of an image: a kernel, an initial ramdisk, a disk.
+    ImageName,
+    check_dotted
 );
 
 macro_rules! id_type {
@@ -153,6 +175,10 @@ id_type!(
 id_type!(
     /// Identifies a service for as long as the data directory lives; never reused.
     ServiceId
+);
+id_type!(
+    /// Identifies a machine for as long as the data directory lives; never reused.
+    MachineId
 );
 
 /// The number of an uploaded component within its service, from 1.

@@ -19,7 +19,7 @@ use crate::traffic::StickyHeader;
 pub struct SpecErrors(Vec<String>);
 
 impl SpecErrors {
-    fn push(&mut self, path: &str, what: impl fmt::Display) {
+    pub(crate) fn push(&mut self, path: &str, what: impl fmt::Display) {
         self.0.push(format!("{path}: {what}"));
     }
 
@@ -29,7 +29,7 @@ impl SpecErrors {
         &self.0
     }
 
-    fn into_result<T>(self, value: T) -> Result<T, Self> {
+    pub(crate) fn into_result<T>(self, value: T) -> Result<T, Self> {
         if self.0.is_empty() {
             Ok(value)
         } else {
@@ -134,7 +134,7 @@ impl From<TenantSpec> for TenantSpecOut {
 
 #[derive(Deserialize, Default)]
 #[serde(deny_unknown_fields, default)]
-struct RawCpu {
+pub(crate) struct RawCpu {
     shares: Option<Shares>,
     reservation: Option<Millicores>,
     reservation_millicores: Option<u64>,
@@ -188,35 +188,38 @@ fn millicores(
     }
 }
 
+impl RawCpu {
+    pub(crate) fn check(self, errors: &mut SpecErrors) -> CpuEnvelope {
+        let reservation = millicores(
+            errors,
+            "cpu.reservation",
+            self.reservation,
+            self.reservation_millicores,
+        );
+        let limit = millicores(errors, "cpu.limit", self.limit, self.limit_millicores);
+        if let (Some(reservation), Some(limit)) = (reservation, limit)
+            && reservation > limit
+        {
+            let (reservation, limit) = (reservation.get(), limit.get());
+            errors.push(
+                "cpu.reservation",
+                format_args!("{reservation}m is more than the limit of {limit}m"),
+            );
+        }
+        CpuEnvelope {
+            shares: self.shares.unwrap_or(Shares::NORMAL),
+            reservation,
+            limit,
+        }
+    }
+}
+
 impl TryFrom<RawTenantSpec> for TenantSpec {
     type Error = SpecErrors;
 
     fn try_from(raw: RawTenantSpec) -> Result<Self, SpecErrors> {
         let mut errors = SpecErrors::default();
-        let reservation = millicores(
-            &mut errors,
-            "cpu.reservation",
-            raw.cpu.reservation,
-            raw.cpu.reservation_millicores,
-        );
-        let limit = millicores(
-            &mut errors,
-            "cpu.limit",
-            raw.cpu.limit,
-            raw.cpu.limit_millicores,
-        );
-        if let (Some(reservation), Some(limit)) = (reservation, limit)
-            && reservation > limit
-        {
-            errors.push(
-                "cpu.reservation",
-                format_args!(
-                    "{}m is more than the limit of {}m",
-                    reservation.get(),
-                    limit.get()
-                ),
-            );
-        }
+        let cpu = raw.cpu.check(&mut errors);
         let defaults = RequestBounds::default();
         let requests = RequestBounds {
             in_flight: raw.requests.in_flight.unwrap_or(defaults.in_flight),
@@ -242,11 +245,7 @@ impl TryFrom<RawTenantSpec> for TenantSpec {
             );
         }
         errors.into_result(Self {
-            cpu: CpuEnvelope {
-                shares: raw.cpu.shares.unwrap_or(Shares::NORMAL),
-                reservation,
-                limit,
-            },
+            cpu,
             memory_limit: raw.memory.limit,
             storage_limit: raw.storage.limit,
             requests,

@@ -86,6 +86,8 @@ pub const SLEEP_STATUS_PORT: u16 = 0x602;
 /// The sleep type that our DSDT's `_S5` names.
 pub const SLEEP_TYPE_S5: u8 = 5;
 
+/// Line of the power button: COM2's on a PC, which we do not have.
+pub const POWER_BUTTON_GSI: u32 = 3;
 /// Line of the generic event device, through which the VM generation id announces its change.
 pub const EVENT_GSI: u32 = 5;
 /// Line of the first virtio-mmio device.

@@ -21,18 +21,19 @@ use std::thread::JoinHandle;
 use std::time::Instant;
 
 use kvm_bindings::kvm_clock_data;
+use serde::{Deserialize, Serialize};
 
 use crate::acpi::{self, AcpiError};
 use crate::boot::{self, BootError};
 use crate::config::{Console, MachineConfig, VcpuCount};
-use crate::devices::{ConsoleCounts, Devices, SerialPort, feed};
+use crate::devices::{ConsoleCounts, Devices, GenerationError, GenerationId, SerialPort, feed};
 use crate::exit::{Ending, ExitReason};
 use crate::kvm::{Hypervisor, KvmError, VirtualMachine, cpuid, failed, msrs};
 use crate::layout;
 use crate::memory::{self, GuestMemory, MemoryError};
 use crate::threads::{ThreadKind, Threads};
 use crate::vcpu::{self, ExitCounts, Vcpu, VcpuError};
-use crate::virtio::{MmioTransport, VirtioDevice, WorkerError};
+use crate::virtio::{InterruptLine, MmioTransport, VirtioDevice, WorkerError};
 
 /// Why a machine could not be made.
 #[derive(Debug, thiserror::Error)]
@@ -57,6 +58,9 @@ pub enum BuildError {
         /// Why.
         source: WorkerError,
     },
+    /// No generation id.
+    #[error(transparent)]
+    Generation(#[from] GenerationError),
     /// A vCPU could not be started.
     #[error(transparent)]
     Vcpu(#[from] VcpuError),
@@ -108,7 +112,8 @@ pub enum LifeError {
 }
 
 /// Where a machine is in its life, as the host wants it.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
 pub enum Phase {
     /// No instruction runs.
     Paused,
@@ -147,7 +152,9 @@ pub struct Machine {
     vcpus: Vec<Vcpu>,
     console: Option<JoinHandle<Option<()>>>,
     devices: Arc<Devices>,
+    generation: GenerationId,
     ending: Arc<Ending>,
+    power_button: InterruptLine,
     /// The guest's clock, while it is paused and has run before.
     clock: Option<kvm_clock_data>,
     /// Last: memory stays mapped until all that uses it is gone.
@@ -177,6 +184,8 @@ impl Machine {
         boot::write_tables(vm.memory())?;
         boot::write_reset_vector(vm.memory())?;
         acpi::write(vm.memory(), vcpus, devices.len())?;
+        let generation = GenerationId::new(vm.line(layout::EVENT_GSI)?);
+        generation.set(vm.memory())?;
 
         let ending = Arc::new(Ending::new().map_err(BuildError::Console)?);
         let Console { output, input } = console;
@@ -184,6 +193,7 @@ impl Machine {
         let serial = Arc::new(serial.map_err(BuildError::Console)?);
         let devices = start_devices(&vm, devices, threads)?;
         let devices = Arc::new(Devices::new(serial, devices));
+        let power_button = vm.line(layout::POWER_BUTTON_GSI)?;
 
         let topology = cpuid::Topology::new(vcpus);
         let supported = cpuid::supported(hypervisor)?;
@@ -206,7 +216,9 @@ impl Machine {
             vcpus: started,
             console: None,
             devices,
+            generation,
             ending,
+            power_button,
             clock: None,
             vm,
         };
@@ -261,6 +273,11 @@ impl Machine {
         Ok(())
     }
 
+    /// Presses its power button. Whether the guest listens is the guest's.
+    pub fn press_power_button(&self) {
+        self.power_button.pulse();
+    }
+
     /// Waits until the machine is over, by guest or host. `None` if it is not by then.
     #[must_use]
     pub fn wait(&self, deadline: Option<Instant>) -> Option<ExitReason> {
@@ -283,6 +300,15 @@ impl Machine {
         }
         self.phase = Phase::Stopped;
         self.ending.reason().unwrap_or(ExitReason::Stopped)
+    }
+
+    /// Gives it another generation id, and tells the guest: for a machine whose state was used
+    /// before, so that it draws other random numbers than the one that used it.
+    ///
+    /// # Errors
+    /// There is no entropy.
+    pub fn renew_generation(&self) -> Result<(), GenerationError> {
+        self.generation.renew(self.vm.memory())
     }
 
     /// Its memory, which the guest may change at any time.

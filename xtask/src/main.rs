@@ -36,7 +36,9 @@ usage: cargo xtask VERB
   ci           the same as test
   guests       build all samples into target/guests
   tools        fetch the programs of others that tests use into target/tools
-  vm-test      boot machines with Debian's own kernel under real KVM, emulated where there is none
+  vm-test [WORD]
+               boot machines with Debian's own kernel under real KVM, emulated where there is none;
+               with WORD only the cases that have it in their names
   lint         rustfmt and clippy
   deps         which crate may use which
   deny         licences, sources and advisories of what we depend on
@@ -87,7 +89,9 @@ fn run(verb: &str, rest: Vec<String>) -> Result<ExitCode> {
             bench::run(&Repository::find()?, what, arguments)?;
             return Ok(ExitCode::SUCCESS);
         }
-        "vm-test" if takes_more => return vm_test::run(&Repository::find()?),
+        "vm-test" if rest.len() < 2 => {
+            return vm_test::run(&Repository::find()?, rest.first().map(String::as_str));
+        }
         "" | "help" | "-h" | "--help" => {
             say(USAGE.trim_end());
             return Ok(ExitCode::SUCCESS);

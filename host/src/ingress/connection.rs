@@ -1,7 +1,12 @@
-//! Connections: accepted, bounded, watched, drained.
+//! Connections: accepted, divided among the workers, bounded, watched, drained.
+//!
+//! The kernel divides new connections by a hash of their addresses, which leaves one worker with
+//! half as many again as another now and then. Its requests then run on the other's core, where
+//! nothing of them is in the cache: 40 µs a request instead of 32. So a worker that has a few more
+//! than the one with the fewest hands what it accepts on to that one.
 
-use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use arc_swap::ArcSwap;
@@ -14,6 +19,7 @@ use insula_scheduler::WorkerId;
 use insula_types::Outcome;
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
 use tokio::sync::watch;
 
 use super::guarded_io::{Ended, GuardedIo, Timeouts};
@@ -52,6 +58,34 @@ pub struct Ingress {
     /// Speaks TLS where there is one.
     certificate: Option<Arc<Certificate>>,
     connections: AtomicUsize,
+    desks: Box<[Desk]>,
+}
+
+/// What the workers know of each other's connections.
+struct Desk {
+    connections: AtomicUsize,
+    /// Accepted by another worker.
+    handed: UnboundedSender<Handed>,
+    /// Until the worker has it.
+    inbox: Mutex<Option<UnboundedReceiver<Handed>>>,
+}
+
+/// A connection on its way to another worker.
+struct Handed {
+    stream: std::net::TcpStream,
+    client: HeaderValue,
+    place: Place,
+}
+
+impl Desk {
+    fn new() -> Self {
+        let (handed, inbox) = unbounded_channel();
+        Self {
+            connections: AtomicUsize::new(0),
+            handed,
+            inbox: Mutex::new(Some(inbox)),
+        }
+    }
 }
 
 impl std::fmt::Debug for Ingress {
@@ -61,23 +95,30 @@ impl std::fmt::Debug for Ingress {
 }
 
 /// Counts one connection for as long as it lives.
-struct Place(Arc<Ingress>);
+struct Place {
+    ingress: Arc<Ingress>,
+    worker: WorkerId,
+}
 
 impl Drop for Place {
     fn drop(&mut self) {
-        self.0.connections.fetch_sub(1, Ordering::Relaxed);
+        self.ingress.connections.fetch_sub(1, Ordering::Relaxed);
+        let desk = &self.ingress.desks[self.worker.index()];
+        desk.connections.fetch_sub(1, Ordering::Relaxed);
     }
 }
 
 impl Ingress {
-    /// An ingress with an empty route table.
+    /// An ingress of so many workers, with an empty route table.
     #[must_use]
     pub fn new(
         pool: Arc<Pool>,
         metrics: DataMetrics,
+        workers: usize,
         certificate: Option<Arc<Certificate>>,
     ) -> Arc<Self> {
         Arc::new(Self {
+            desks: (0..workers).map(|_| Desk::new()).collect(),
             routes: ArcSwap::default(),
             pool,
             metrics,
@@ -115,10 +156,21 @@ impl Ingress {
                 return;
             }
         }
+        let desk = &self.desks[worker.index()];
+        let inbox = desk.inbox.lock().unwrap_or_else(PoisonError::into_inner);
+        let Some(mut inbox) = { inbox }.take() else {
+            return;
+        };
         loop {
-            // Accepting is cancel-safe: a connection is either taken or still in the backlog.
+            // Both are cancel-safe: a connection is either taken or still where it was.
             let accepted = tokio::select! {
                 accepted = listener.accept() => accepted,
+                Some(Handed { stream, client, place }) = inbox.recv() => {
+                    if let Ok(stream) = TcpStream::from_std(stream) {
+                        self.seat(stream, place, Origin::tcp(client, worker), &phase);
+                    }
+                    continue;
+                }
                 _ = phase.changed() => return,
             };
             match accepted {
@@ -126,12 +178,7 @@ impl Ingress {
                     let client = client.ip().to_string();
                     // An address is printed in ASCII.
                     let client = HeaderValue::try_from(client).unwrap_or(NO_ADDRESS);
-                    let transport = Transport::Plain;
-                    let origin = Origin {
-                        client,
-                        worker,
-                        transport,
-                    };
+                    let origin = Origin::tcp(client, worker);
                     self.welcome(stream, origin, &phase);
                 }
                 Err(error) => {
@@ -155,13 +202,54 @@ impl Ingress {
             nobody.request_ended(Outcome::HostOverloaded);
             return;
         }
-        let place = Place(Arc::clone(self));
         // A failure costs latency only.
         let _ = stream.set_nodelay(true);
+        let worker = self.least_busy(origin.worker);
+        let desk = &self.desks[worker.index()];
+        desk.connections.fetch_add(1, Ordering::Relaxed);
+        let place = Place {
+            ingress: Arc::clone(self),
+            worker,
+        };
+        if worker == origin.worker {
+            self.seat(stream, place, origin, phase);
+        } else if let Ok(stream) = stream.into_std() {
+            let client = origin.client;
+            // A worker that has ended drops it.
+            let _ = desk.handed.send(Handed {
+                stream,
+                client,
+                place,
+            });
+        }
+    }
+
+    /// The worker that takes a connection that `accepting` has: itself, unless it has notably more
+    /// than another one.
+    fn least_busy(&self, accepting: WorkerId) -> WorkerId {
+        let count = |desk: &Desk| desk.connections.load(Ordering::Relaxed);
+        let own = count(&self.desks[accepting.index()]);
+        let least = self.desks.iter().map(count).enumerate();
+        match least.min_by_key(|(_, connections)| *connections) {
+            Some((index, connections)) if own >= connections + 2 + connections / 8 => {
+                u16::try_from(index).map_or(accepting, WorkerId::new)
+            }
+            _ => accepting,
+        }
+    }
+
+    /// Serves a connection on the calling worker.
+    fn seat(
+        self: &Arc<Self>,
+        stream: TcpStream,
+        place: Place,
+        origin: Origin,
+        phase: &watch::Receiver<Phase>,
+    ) {
+        let ingress = Arc::clone(self);
         let phase = phase.clone();
         // Ends with its runtime at the latest; counted by its place.
         tokio::task::spawn_local(async move {
-            let ingress = Arc::clone(&place.0);
             match ingress.certificate.clone() {
                 None => ingress.serve(stream, origin, phase).await,
                 // Apart, since it is larger and others need not keep room for it.

@@ -53,6 +53,15 @@ pub(super) enum Transport {
 }
 
 impl Origin {
+    /// A connection that was just accepted.
+    pub(super) const fn tcp(client: HeaderValue, worker: WorkerId) -> Self {
+        Self {
+            client,
+            worker,
+            transport: Transport::Plain,
+        }
+    }
+
     const fn scheme(&self) -> UrlScheme {
         match self.transport {
             Transport::Plain => UrlScheme::Http,
@@ -111,37 +120,43 @@ pub(super) async fn handle(
     };
     let length = declared_length(request.headers());
     if length.is_some_and(|length| length > service.limits.request_body.get()) {
-        service.record_refusal(Outcome::BadRequest, began.elapsed());
+        service.record_refusal(Outcome::BadRequest, began.elapsed(), 0);
         return own(too_large(&service, request_id));
     }
+    let deadline = began + Duration::from(service.limits.timeout);
+    // Before anything is made for it: a refusal has to be cheap.
+    let admitted = match ingress.pool.admit(service.tenant.id, deadline) {
+        Ok(admitted) => admitted,
+        Err(shed) => return shed_request(&service, shed, request.headers(), began, request_id),
+    };
     let wants_body = *request.method() != Method::HEAD;
     let exchange = Exchange::new(Arc::clone(&service), active.number, request_id, began);
     exchange
         .bytes_in
         .store(headers::head_bytes(request.headers()), Ordering::Relaxed);
     let request = for_guest(request, &exchange, &origin, &host);
-    let deadline = began + Duration::from(service.limits.timeout);
     let request = (origin.scheme(), request);
     let work = Box::pin(work(active.program.clone(), Arc::clone(&exchange), request));
-    let submitted = ingress
+    let submitted = Arc::clone(&exchange);
+    let key = ingress
         .pool
-        .submit(origin.worker, Arc::clone(&exchange), deadline, work);
-    match submitted {
-        Ok(key) => {
-            let hold = Hold::new(Arc::clone(&ingress.pool), key, exchange);
-            answer(hold, wants_body).await
-        }
-        Err(shed) => {
-            let (outcome, reason) = blame(shed);
-            service.tenant.metrics.shed(reason);
-            exchange.settle(outcome);
-            own(problem::overloaded(
-                outcome,
-                exchange.request_id,
-                shed.retry_after(),
-            ))
-        }
-    }
+        .submit(admitted, origin.worker, submitted, deadline, work);
+    let hold = Hold::new(Arc::clone(&ingress.pool), key, exchange);
+    answer(hold, wants_body).await
+}
+
+/// Refuses a request that was not admitted.
+fn shed_request(
+    service: &ServiceEntry,
+    shed: Shed,
+    head: &HeaderMap,
+    began: Instant,
+    request_id: RequestId,
+) -> Response<OutBody> {
+    let (outcome, reason) = blame(shed);
+    service.tenant.metrics.shed(reason);
+    service.record_refusal(outcome, began.elapsed(), headers::head_bytes(head));
+    own(problem::overloaded(outcome, request_id, shed.retry_after()))
 }
 
 /// Whose fault a refusal is, and the reason that is counted.
@@ -167,7 +182,7 @@ fn refuse(
     began: Instant,
     request_id: RequestId,
 ) -> Response<OutBody> {
-    service.record_refusal(outcome, began.elapsed());
+    service.record_refusal(outcome, began.elapsed(), 0);
     own(problem::problem(outcome, request_id))
 }
 

@@ -45,6 +45,17 @@ const fn title(outcome: Outcome) -> &'static str {
     }
 }
 
+/// RFC 9457, section 3.1, with two members of our own.
+#[derive(serde::Serialize)]
+struct Body<'a> {
+    #[serde(rename = "type")]
+    kind: &'a str,
+    title: &'a str,
+    status: u16,
+    code: &'a str,
+    request_id: &'a str,
+}
+
 /// A problem response.
 #[must_use]
 pub fn problem(outcome: Outcome, request_id: RequestId) -> Response<Bytes> {
@@ -74,14 +85,16 @@ pub fn detailed(
     title: &str,
     request_id: RequestId,
 ) -> Response<Bytes> {
-    let body = serde_json::json!({
-        "type": "about:blank",
-        "title": title,
-        "status": status.as_u16(),
-        "code": outcome.as_str(),
-        "request_id": request_id.as_str(),
-    });
-    let mut response = Response::new(Bytes::from(body.to_string()));
+    let body = Body {
+        kind: "about:blank",
+        title,
+        status: status.as_u16(),
+        code: outcome.as_str(),
+        request_id: request_id.as_str(),
+    };
+    // Plain strings and a number: nothing of it can fail.
+    let body = serde_json::to_vec(&body).unwrap_or_default();
+    let mut response = Response::new(Bytes::from(body));
     *response.status_mut() = status;
     let headers = response.headers_mut();
     headers.insert(

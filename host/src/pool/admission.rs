@@ -15,10 +15,11 @@
 //! A request that must wait is refused at once where it would wait past its deadline: the requests
 //! before it times what a place took to come free of late. And where the tenant's queue stands, that
 //! is, was not empty for a while, waiting is of no use to anybody: those that would wait longer than
-//! a moment are refused as they arrive, those that have are refused when a place comes free, and the
-//! newest gets it. That is CoDel (Nichols and Jacobson, "Controlling Queue Delay", ACM Queue 2012)
-//! with its two constants, and last in, first out under overload (Maurer, "Fail at Scale", ACM
-//! Queue 2015). CoDel's interval is to be about what an answer takes and its target a twentieth of
+//! a moment are refused as they arrive, and those that have when a place comes free. That is CoDel
+//! (Nichols and Jacobson, "Controlling Queue Delay", ACM Queue 2012) with its two constants, moved
+//! to the arrival as far as it can be foreseen there: a refusal is of most use when it is at once.
+//! It leaves nothing for "last in, first out under overload" (Maurer, "Fail at Scale", ACM Queue
+//! 2015) to do: no queue is long, and who was let in is served. CoDel's interval is to be about what an answer takes and its target a twentieth of
 //! it, so a tenant whose requests take long may have a longer queue.
 
 use std::collections::{HashMap, VecDeque};
@@ -116,12 +117,14 @@ pub(super) enum Arrival {
 }
 
 /// A place came free.
-#[derive(Debug, Default, PartialEq, Eq)]
+#[derive(Debug)]
 pub(super) struct Freed {
     /// The request that has it now.
     pub(super) next: Option<JobKey>,
     /// Requests of the tenant that have waited for too long: no longer waiting.
     pub(super) refused: Vec<JobKey>,
+    /// By whose doing.
+    pub(super) blame: Outcome,
 }
 
 #[derive(Debug)]
@@ -147,9 +150,11 @@ struct Tenant {
     stay: Nanos,
     /// Since when the queue was never empty.
     standing: Option<Nanos>,
-    /// When a place came free last since then.
-    freed: Option<Nanos>,
-    /// What passes between two of these, on average; zero when that is not known.
+    /// Until when it is taken for standing, once it was.
+    behind_until: Nanos,
+    /// Since when all places have been taken without one coming free.
+    taken: Option<Nanos>,
+    /// How long that lasts, on average; zero when that is not known.
     gap: Nanos,
 }
 
@@ -225,7 +230,8 @@ impl Tenant {
             leaving: false,
             stay: Nanos::ZERO,
             standing: None,
-            freed: None,
+            behind_until: Nanos::ZERO,
+            taken: None,
             gap: Nanos::ZERO,
         }
     }
@@ -239,18 +245,24 @@ impl Tenant {
         self.running >= self.spec.requests.in_flight
     }
 
+    /// By whose doing its requests wait.
+    fn blame(&self) -> Outcome {
+        if self.is_full() {
+            Outcome::TenantOverloaded
+        } else {
+            Outcome::HostOverloaded
+        }
+    }
+
     fn shares(&self) -> u64 {
         u64::from(self.spec.cpu.shares.get())
     }
 
     /// What one more request would wait, as far as that is known.
     fn wait(&self, at: Nanos) -> Nanos {
-        let silent = match (self.freed, self.standing) {
-            (Some(since), _) | (None, Some(since)) => at.saturating_sub(since),
-            (None, None) => Nanos::ZERO,
-        };
+        let silent = self.taken.map(|since| at.saturating_sub(since));
         self.gap
-            .max(silent)
+            .max(silent.unwrap_or_default())
             .saturating_mul(u64::from(length(&self.waiting)) + 1)
     }
 
@@ -262,10 +274,17 @@ impl Tenant {
         Nanos::from_nanos(self.patience().as_nanos() / TARGET_PART)
     }
 
-    /// The queue was not empty for so long that it is of no use.
+    /// Whether the queue was not empty for so long that it is of no use. For as long again as it
+    /// refuses anybody for that reason: it is empty now and then because of it.
     fn stands(&self, at: Nanos) -> bool {
-        self.standing
-            .is_some_and(|since| at.saturating_sub(since) > self.patience())
+        at < self.behind_until
+            || self
+                .standing
+                .is_some_and(|since| at.saturating_sub(since) > self.patience())
+    }
+
+    fn stays_behind(&mut self, at: Nanos) {
+        self.behind_until = at.saturating_add(self.patience());
     }
 
     fn check_rate(&mut self, at: Nanos) -> Result<(), Shed> {
@@ -284,9 +303,11 @@ impl Tenant {
     }
 
     /// Whether one more request may wait, before its deadline.
-    fn check_queue(&self, at: Nanos, deadline: Nanos) -> Result<(), Shed> {
+    fn check_queue(&mut self, at: Nanos, deadline: Nanos) -> Result<(), Shed> {
         let wait = self.wait(at);
-        if self.stands(at) && wait > self.target() {
+        // Half, since a guess is wrong now and then: who was let in should not be refused later.
+        if self.stands(at) && wait.saturating_mul(2) > self.target() {
+            self.stays_behind(at);
             let wait = wait.as_duration();
             return Err(Shed::TenantBehind { wait });
         }
@@ -305,12 +326,19 @@ impl Tenant {
         }
     }
 
+    /// A request has a place.
+    fn placed(&mut self, at: Nanos) {
+        self.running += 1;
+        if self.is_full() {
+            self.taken.get_or_insert(at);
+        }
+    }
+
     /// A place came free, whoever gets it.
     fn departed(&mut self, stayed: Nanos, at: Nanos) {
         self.running -= 1;
         self.stay = mean(self.stay, stayed);
-        if let Some(standing) = self.standing {
-            let since = self.freed.replace(at).unwrap_or(standing);
+        if let Some(since) = self.taken.take() {
             self.gap = mean(self.gap, at.saturating_sub(since));
         }
     }
@@ -323,26 +351,26 @@ impl Tenant {
         let target = self.target();
         let overdue = |waiter: &Waiter| at.saturating_sub(waiter.since) > target;
         let count = self.waiting.iter().take_while(|&w| overdue(w)).count();
-        self.waiting.drain(..count).map(|waiter| waiter.key).collect()
+        if count > 0 {
+            self.stays_behind(at);
+        }
+        let overdue = self.waiting.drain(..count).map(|waiter| waiter.key);
+        overdue.collect()
     }
 
-    /// The request that gets a place: the oldest, or the newest of a standing queue.
+    /// The request that gets a place: the oldest.
     fn take_next(&mut self, at: Nanos) -> Option<JobKey> {
-        let next = if self.stands(at) {
-            self.waiting.pop_back()
-        } else {
-            self.waiting.pop_front()
-        };
-        self.running += u32::from(next.is_some());
-        next.map(|waiter| waiter.key)
+        let next = self.waiting.pop_front();
+        self.shortened();
+        let key = next?.key;
+        self.placed(at);
+        Some(key)
     }
 
     /// To be called whenever a request has left the queue.
     fn shortened(&mut self) {
         if self.waiting.is_empty() {
             self.standing = None;
-            self.freed = None;
-            self.gap = Nanos::ZERO;
         }
     }
 }
@@ -441,7 +469,7 @@ impl Admission {
         if !runs {
             return Ok(Arrival::Waits);
         }
-        tenant.running += 1;
+        tenant.placed(at);
         self.house.taken += 1;
         Ok(Arrival::Runs)
     }
@@ -469,30 +497,32 @@ impl Admission {
             self.waiting -= 1;
             self.house.left(tenant);
         }
-        if tenant.is_full() {
-            Outcome::TenantOverloaded
-        } else {
-            Outcome::HostOverloaded
-        }
+        tenant.blame()
     }
 
     /// A request that had its place for `stayed` has ended.
     pub(super) fn depart(&mut self, id: TenantId, stayed: Nanos, at: Nanos) -> Freed {
-        let Some(tenant) = self.tenants.get_mut(&id) else {
-            return Freed::default();
+        let mut freed = Freed {
+            next: None,
+            refused: Vec::new(),
+            blame: Outcome::TenantOverloaded,
         };
+        let Some(tenant) = self.tenants.get_mut(&id) else {
+            return freed;
+        };
+        freed.blame = tenant.blame();
         tenant.departed(stayed, at);
         self.house.taken -= 1;
         if tenant.waiting.is_empty() && self.held.is_empty() {
             self.house.left(tenant);
-            return Freed::default();
+            return freed;
         }
-        let refused = tenant.take_overdue(at);
-        self.waiting -= refused.len();
+        freed.refused = tenant.take_overdue(at);
+        self.waiting -= freed.refused.len();
         tenant.shortened();
         self.house.left(tenant);
-        let next = self.next(id, at);
-        Freed { next, refused }
+        freed.next = self.next(id, at);
+        freed
     }
 
     /// A request that gets a free place now: one of this tenant, or of another that was held back.
@@ -525,7 +555,6 @@ impl Admission {
             return None;
         }
         let key = tenant.take_next(at)?;
-        tenant.shortened();
         self.waiting -= 1;
         self.house.taken += 1;
         Some(key)

@@ -27,11 +27,14 @@ use super::clock::Stopwatch;
 use super::deadlines::{Deadlines, TICK};
 use super::exchange::Exchange;
 use super::jobs::{Job, JobKey, JobWaker, Jobs, Wakefulness, Work};
-use super::pace::{Ending, Lane};
+use super::pace::{Ending, Lane, TURN_NS};
 use super::runners::{Lender, Load, Runners, Ticket};
 
 /// How long a worker polls guests before it looks at its connections again.
 const BATCH: Duration = Duration::from_micros(250);
+/// After how much work without a pause others may take a worker's jobs. What a request has touched
+/// is in its own core's cache: on another one it costs a quarter more.
+const ALONE: Nanos = Nanos::from_micros(500);
 /// How long a core is lent before the scheduler is asked again.
 const LOAN: Duration = Duration::from_millis(2);
 
@@ -39,6 +42,8 @@ struct Inner {
     sched: Scheduler,
     jobs: Jobs,
     admission: Admission,
+    /// Queued jobs by their homes.
+    queued: Box<[usize]>,
 }
 
 /// What other threads may know of a worker.
@@ -48,6 +53,8 @@ struct WorkerSlot {
     idle: AtomicBool,
     /// A guest is being polled: the worker cannot look at its connections.
     in_slice: AtomicBool,
+    /// When the worker last began to be busy, in nanoseconds of the pool's clock; 0 while it is not.
+    busy_since: AtomicU64,
     wake: Notify,
     deadlines: Mutex<Deadlines>,
     /// CPU time of the worker's thread outside of slices.
@@ -59,11 +66,33 @@ struct WorkerSlot {
     core: OnceLock<usize>,
 }
 
+impl WorkerSlot {
+    /// It looks for something to do and finds nothing. Under the pool's lock.
+    fn idles(&self) {
+        self.idle.store(true, Ordering::SeqCst);
+        self.busy_since.store(0, Ordering::Relaxed);
+    }
+
+    fn is_busy(&self, at: Nanos) {
+        if self.busy_since.load(Ordering::Relaxed) == 0 {
+            self.busy_since.store(at.as_nanos(), Ordering::Relaxed);
+        }
+    }
+
+    /// It has been busy for so long that others should take over some of its jobs.
+    fn is_behind(&self, at: Nanos) -> bool {
+        let since = self.busy_since.load(Ordering::Relaxed);
+        since != 0 && at.saturating_sub(Nanos::from_nanos(since)) >= ALONE
+    }
+}
+
 /// See the module's documentation.
 pub struct Pool {
     inner: Mutex<Inner>,
     workers: Box<[WorkerSlot]>,
     pub(super) runners: Runners,
+    /// There are jobs that any worker may take: they take longer than a slice.
+    help_wanted: AtomicBool,
     epoch: Instant,
     this: Weak<Self>,
 }
@@ -118,6 +147,11 @@ pub(super) fn slept() {
     with_worker(|worker| worker.slept = true);
 }
 
+/// A request that may come in: it counts already.
+#[derive(Debug)]
+#[must_use = "it takes a place until it was submitted"]
+pub struct Admitted(Arrival);
+
 /// What a worker should do after a batch.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum After {
@@ -168,9 +202,11 @@ impl Pool {
                 sched,
                 jobs: Jobs::default(),
                 admission,
+                queued: vec![0; workers].into(),
             }),
             workers: (0..workers).map(|_| WorkerSlot::default()).collect(),
             runners: Runners::default(),
+            help_wanted: AtomicBool::new(false),
             epoch: Instant::now(),
             this: this.clone(),
         }))
@@ -251,24 +287,32 @@ impl Pool {
         lock(&self.inner).admission.jobs()
     }
 
-    /// Admits a request of a tenant and queues it. `work` runs the guest and settles the
-    /// exchange; it is dropped unpolled when the request is refused.
+    /// Asks whether a request of a tenant that has until `deadline` may come in. One that may must be
+    /// [submitted](Pool::submit).
     ///
     /// # Errors
     /// [`Shed`] says whose bound it was.
+    pub fn admit(&self, tenant: TenantId, deadline: Instant) -> Result<Admitted, Shed> {
+        let (at, deadline) = (self.now(), self.nanos(deadline));
+        let arrival = lock(&self.inner).admission.arrive(tenant, at, deadline)?;
+        Ok(Admitted(arrival))
+    }
+
+    /// Queues an admitted request. `work` runs the guest and settles the exchange; it is dropped
+    /// unpolled when the request ends before its turn.
     pub fn submit(
         &self,
+        admitted: Admitted,
         home: WorkerId,
         exchange: Arc<Exchange>,
         deadline: Instant,
         work: Work,
-    ) -> Result<JobKey, Shed> {
+    ) -> JobKey {
         let now = Instant::now();
         let at = self.nanos(now);
         let tenant = exchange.service.tenant.id;
         let mut guard = lock(&self.inner);
         let inner = &mut *guard;
-        let arrival = inner.admission.arrive(tenant, at, self.nanos(deadline))?;
         let key = inner.jobs.next_key();
         inner.jobs.insert(Job {
             tenant,
@@ -277,11 +321,12 @@ impl Pool {
             exchange,
             deadline,
             work: Some(work),
+            turn_ns: 0,
             ticket: None,
             killed: None,
-            placed: (arrival == Arrival::Runs).then_some(at),
+            placed: (admitted.0 == Arrival::Runs).then_some(at),
         });
-        match arrival {
+        match admitted.0 {
             Arrival::Runs => inner.enqueue(key, Class::Fresh, at),
             Arrival::Waits => {
                 inner.admission.wait(tenant, key, at);
@@ -292,7 +337,7 @@ impl Pool {
         let slot = &self.workers[home.index()];
         lock(&slot.deadlines).add(now, deadline, key);
         slot.wake.notify_one();
-        Ok(key)
+        key
     }
 
     /// Ends a request from outside: its deadline passed, or its client went away. What it used
@@ -317,7 +362,7 @@ impl Pool {
         if job.waker.change(Wakefulness::Parked, Wakefulness::Queued) {
             inner.enqueue(key, Class::Woken, at);
             drop(guard);
-            self.wake(home);
+            self.wake(home, at);
         }
     }
 
@@ -335,16 +380,27 @@ impl Pool {
         };
         inner.enqueue(key, Class::Woken, at);
         drop(inner);
-        self.wake(home);
+        self.wake(home, at);
     }
 
-    /// Wakes a job's home; another worker as well where the home is busy with a guest.
-    fn wake(&self, home: WorkerId) {
+    /// Wakes a job's home; another worker as well where the home has been busy for long.
+    fn wake(&self, home: WorkerId, at: Nanos) {
         let slot = &self.workers[home.index()];
         slot.wake.notify_one();
-        if slot.in_slice.load(Ordering::Relaxed) {
+        if slot.in_slice.load(Ordering::Relaxed) && slot.is_behind(at) {
             self.wake_idle(home);
         }
+    }
+
+    /// Whether a worker may look for a job: it has one of its own, or others need help.
+    fn may_pick(&self, worker: WorkerId, own: usize, at: Nanos) -> bool {
+        own > 0
+            || self.help_wanted.swap(false, Ordering::Relaxed)
+            || self
+                .workers
+                .iter()
+                .enumerate()
+                .any(|(index, slot)| index != worker.index() && slot.is_behind(at))
     }
 
     fn wake_idle(&self, except: WorkerId) {
@@ -484,7 +540,11 @@ impl Pool {
                         now = at;
                         // After a whole slice somebody's answer or input may have waited for it.
                         let waited = now.saturating_duration_since(began);
-                        if waited >= BATCH || end == SliceEnd::Preempted {
+                        if waited >= BATCH || could_go_on(end) {
+                            let slot = &self.workers[worker.id.index()];
+                            if slot.is_behind(self.nanos(now)) {
+                                self.wake_idle(worker.id);
+                            }
                             return After::Again;
                         }
                         continue;
@@ -544,7 +604,7 @@ impl Pool {
         let (at, used) = worker.watch.lap();
         let end = self.end_slice(worker.id, key, slice, used, &exchange, at);
         let ending = match end {
-            SliceEnd::Preempted => Ending::Preempted {
+            SliceEnd::Preempted | SliceEnd::Continued => Ending::Preempted {
                 quantum: exchange.quantum,
             },
             _ => Ending::OfItself,
@@ -647,10 +707,8 @@ impl Pool {
     fn pause(&self, worker: WorkerId, used: Nanos, now: Instant) {
         let at = self.nanos(now);
         // The scheduler knows the worker's slice: it was picked for it and not charged since.
-        let charged = lock(&self.inner)
-            .sched
-            .charge(worker, used, SliceEnd::Paused, at);
-        debug_assert!(charged.is_ok(), "{charged:?}");
+        let charged = lock(&self.inner).charge(worker, used, SliceEnd::Paused, at);
+        debug_assert!(charged.is_some());
     }
 
     /// A slice on a runner has ended: charges the rest of it. Its job ends or parks with it, or
@@ -680,9 +738,18 @@ impl Pool {
         let slot = &self.workers[worker.index()];
         let mut guard = lock(&self.inner);
         let inner = &mut *guard;
+        if !self.may_pick(worker, inner.queued[worker.index()], at) {
+            slot.idles();
+            return match inner.sched.next_release() {
+                Some(until) => Picked::Throttled(self.epoch + until.as_duration()),
+                None => Picked::Idle,
+            };
+        }
         loop {
             match inner.sched.pick(worker, at) {
-                Ok(Pick::Run { job, .. }) => {
+                Ok(Pick::Run { job, home, .. }) => {
+                    inner.queued[home.index()] -= 1;
+                    slot.is_busy(at);
                     let key = JobKey::of(job);
                     if let Some(next) = inner.jobs.get_mut(key).and_then(|job| job.start(key)) {
                         slot.idle.store(false, Ordering::SeqCst);
@@ -692,16 +759,14 @@ impl Pool {
                     // Not reachable: a queued job is in the table with its work. If it were
                     // not, the queue must not stand still for it.
                     debug_assert!(false, "a queued job without work");
-                    let _ = inner
-                        .sched
-                        .charge(worker, Nanos::ZERO, SliceEnd::Finished, at);
+                    let _ = inner.charge(worker, Nanos::ZERO, SliceEnd::Finished, at);
                 }
                 Ok(Pick::Throttled { until }) => {
-                    slot.idle.store(true, Ordering::SeqCst);
+                    slot.idles();
                     return Picked::Throttled(self.epoch + until.as_duration());
                 }
                 Ok(Pick::Idle) | Err(_) => {
-                    slot.idle.store(true, Ordering::SeqCst);
+                    slot.idles();
                     return Picked::Idle;
                 }
             }
@@ -732,19 +797,20 @@ impl Pool {
                 let end = inner.jobs.get_mut(key).map_or(SliceEnd::Finished, |job| {
                     job.work = Some(work);
                     job.ticket = None;
-                    job.park_or_requeue()
+                    job.park_or_requeue(used)
                 });
                 (end, None)
             }
         };
-        let charged = inner.sched.charge(worker, Nanos::from_nanos(used), end, at);
+        let charged = inner.charge(worker, Nanos::from_nanos(used), end, at);
         let refused = gone.as_ref().map(|job| inner.finished(job, at));
         drop(guard);
         drop(refused);
         if gone.is_some() {
             exchange.finish();
         }
-        if end == SliceEnd::Preempted && charged.is_ok_and(|charged| charged.runnable > 1) {
+        if could_go_on(end) && charged.is_some_and(|charged| charged.runnable > 1) {
+            self.help_wanted.store(true, Ordering::Relaxed);
             self.wake_idle(worker);
         }
         end
@@ -781,6 +847,10 @@ enum Picked {
     Run(Next),
     Throttled(Instant),
     Idle,
+}
+
+const fn could_go_on(end: SliceEnd) -> bool {
+    matches!(end, SliceEnd::Preempted | SliceEnd::Continued)
 }
 
 /// Runs one slice, or drops the job where it was killed or is late. A panic below ends only this
@@ -853,14 +923,24 @@ impl Job {
         self.exchange.settle(outcome);
     }
 
-    fn park_or_requeue(&mut self) -> SliceEnd {
+    /// What becomes of it after a slice that took `used_ns`, and did not end it.
+    fn park_or_requeue(&mut self, used_ns: u64) -> SliceEnd {
         let parked =
             self.killed.is_none() && self.waker.change(Wakefulness::Running, Wakefulness::Parked);
         if parked {
             return SliceEnd::Blocked;
         }
         self.waker.set(Wakefulness::Queued);
-        SliceEnd::Preempted
+        match self.turn_ns.checked_sub(used_ns) {
+            Some(left) if left > 0 => {
+                self.turn_ns = left;
+                SliceEnd::Continued
+            }
+            _ => {
+                self.turn_ns = TURN_NS;
+                SliceEnd::Preempted
+            }
+        }
     }
 }
 
@@ -896,12 +976,31 @@ impl Inner {
         self.enqueue(key, Class::Fresh, at);
     }
 
+    /// Charges a worker's slice and counts its job where it is queued again.
+    fn charge(
+        &mut self,
+        worker: WorkerId,
+        used: Nanos,
+        end: SliceEnd,
+        at: Nanos,
+    ) -> Option<sched::Charged> {
+        let charged = self.sched.charge(worker, used, end, at).ok()?;
+        if charged.fate == sched::Fate::Requeued
+            && let Some(job) = self.jobs.get_mut(JobKey::of(charged.job))
+        {
+            self.queued[job.home.index()] += 1;
+        }
+        Some(charged)
+    }
+
     fn enqueue(&mut self, key: JobKey, class: Class, at: Nanos) {
         let Some(job) = self.jobs.get_mut(key) else {
             return;
         };
         let (tenant, home) = (key_of(job.tenant), job.home);
-        if let Err(error) = self.sched.enqueue(tenant, key.id(), home, class, at) {
+        let queued = self.sched.enqueue(tenant, key.id(), home, class, at);
+        self.queued[home.index()] += usize::from(queued.is_ok());
+        if let Err(error) = queued {
             // Admission keeps the queue far below its cap, and a tenant stays in the scheduler
             // as long as it has jobs.
             tracing::error!(%error, "a job could not be queued");
@@ -912,7 +1011,9 @@ impl Inner {
     /// A job has ended: its place goes to one that waits. Those that have waited for too long are
     /// refused, and handed back to be dropped without the lock.
     fn finished(&mut self, job: &Job, at: Nanos) -> Vec<Job> {
-        let stayed = job.placed.map_or(Nanos::ZERO, |since| at.saturating_sub(since));
+        let stayed = job
+            .placed
+            .map_or(Nanos::ZERO, |since| at.saturating_sub(since));
         let freed = self.admission.depart(job.tenant, stayed, at);
         if let Some(key) = freed.next {
             self.begin(key, at);
@@ -920,7 +1021,7 @@ impl Inner {
         let refused = freed.refused.into_iter();
         let refused: Vec<_> = refused.filter_map(|key| self.jobs.remove(key)).collect();
         for job in &refused {
-            job.shed(Outcome::TenantOverloaded);
+            job.shed(freed.blame);
         }
         self.forget_if_empty(job.tenant, at);
         refused

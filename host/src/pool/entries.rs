@@ -150,12 +150,12 @@ impl ServiceEntry {
     }
 
     /// Writes down a request that was refused before it became an exchange.
-    pub fn record_refusal(&self, outcome: Outcome, duration: Duration) {
+    pub fn record_refusal(&self, outcome: Outcome, duration: Duration, bytes_in: u64) {
         self.record(&Record {
             outcome,
             fuel: 0,
             memory_byte_ms: 0,
-            bytes_in: 0,
+            bytes_in,
             bytes_out: 0,
             duration,
         });

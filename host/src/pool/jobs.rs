@@ -117,6 +117,8 @@ pub(super) struct Job {
     pub(super) deadline: Instant,
     /// `None` while it is being polled.
     pub(super) work: Option<Work>,
+    /// CPU time that is left of its turn among its tenant's preempted requests.
+    pub(super) turn_ns: u64,
     /// Set while a runner polls it.
     pub(super) ticket: Option<Arc<Ticket>>,
     /// Set when it is to be dropped instead of polled.

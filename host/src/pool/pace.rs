@@ -39,6 +39,9 @@ const PROBATION: u32 = 16;
 const FIRST_PENALTY: u32 = 64;
 const LAST_PENALTY: u32 = 16_384;
 
+/// CPU time that a preempted request may have before the next one of its tenant.
+pub(super) const TURN_NS: u64 = 1_000_000;
+
 /// Where a slice runs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Lane {

@@ -188,10 +188,8 @@ pub struct Restored {
 /// # Errors
 /// [`RestoreError`].
 pub fn restore(backup: impl Read, path: &Path) -> Result<Restored, RestoreError> {
-    match std::fs::read_dir(path).map(|mut entries| entries.next().is_some()) {
-        Ok(true) => return Err(RestoreError::NotEmpty(path.to_owned())),
-        Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error.into()),
-        Ok(false) | Err(_) => {}
+    if DataDir::holds_anything(path)? {
+        return Err(RestoreError::NotEmpty(path.to_owned()));
     }
     let data = DataDir::open(path)?;
     let mut blobs = Blobs::open(&data, "restored", Health::default())?;

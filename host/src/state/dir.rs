@@ -81,6 +81,18 @@ impl DataDir {
         Ok(Self { dir, _lock: lock })
     }
 
+    /// Whether there is anything below a path; not where it does not exist.
+    ///
+    /// # Errors
+    /// Those of the file system.
+    pub fn holds_anything(path: &Path) -> io::Result<bool> {
+        match std::fs::read_dir(path) {
+            Ok(mut entries) => Ok(entries.next().is_some()),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(false),
+            Err(error) => Err(error),
+        }
+    }
+
     /// A handle of the directory itself.
     ///
     /// # Errors

@@ -29,7 +29,7 @@ impl Habit {
         match self {
             Habit::Hog { least, most } => (
                 prng.within(quantum * least / 100, quantum * most / 100),
-                SliceEnd::Preempted,
+                prng.choose(&[SliceEnd::Preempted, SliceEnd::Continued]),
             ),
             Habit::Yielder => (quantum - 1, SliceEnd::Blocked),
             Habit::Shorts => (prng.within(2_000, 20_000), SliceEnd::Finished),

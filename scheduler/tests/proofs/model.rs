@@ -355,10 +355,14 @@ impl Twin {
         self.last_finish = self.last_finish.max(tenant.start);
         let fate = match (end, tenant.removed) {
             (SliceEnd::Finished | SliceEnd::Blocked, _) => Fate::Released,
-            (SliceEnd::Preempted | SliceEnd::Paused, true) => Fate::Orphaned,
-            (SliceEnd::Preempted | SliceEnd::Paused, false) => {
-                let lane = if end == SliceEnd::Paused { 2 } else { 1 };
-                tenant.lanes[lane].jobs.push_back((slice.job, slice.home));
+            (_, true) => Fate::Orphaned,
+            (_, false) => {
+                let again = (slice.job, slice.home);
+                match end {
+                    SliceEnd::Paused => tenant.lanes[2].jobs.push_back(again),
+                    SliceEnd::Continued => tenant.lanes[1].jobs.push_front(again),
+                    _ => tenant.lanes[1].jobs.push_back(again),
+                }
                 Fate::Requeued
             }
         };

@@ -35,7 +35,7 @@ const EVENTS: [Event; 14] = [
     Event::Charge(0, 300, SliceEnd::Preempted),
     Event::Charge(0, 100, SliceEnd::Finished),
     Event::Charge(1, 40, SliceEnd::Preempted),
-    Event::Charge(1, 300, SliceEnd::Preempted),
+    Event::Charge(1, 300, SliceEnd::Continued),
     Event::Charge(1, 200, SliceEnd::Paused),
     Event::Charge(1, 100, SliceEnd::Blocked),
     Event::Tick,

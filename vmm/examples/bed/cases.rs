@@ -8,11 +8,12 @@ use insula_vmm::Hypervisor;
 use insula_vmm::exit::{ExitReason, RebootBy};
 use insula_vmm::virtio::block::{Access, BaseId, Disk, Overlay, RawDisk};
 
+use crate::devices::devices;
 use crate::guest::{FILES, Guest, file};
 
 type Case = fn(&Hypervisor) -> String;
 
-pub(crate) const ALL: [(&str, Case); 4] = [
+pub(crate) const ALL: [(&str, Case); 5] = [
     (
         "an unmodified kernel, four vCPUs, devices, ext4 root, pause, reboot",
         first_boot,
@@ -26,12 +27,16 @@ pub(crate) const ALL: [(&str, Case); 4] = [
         overlay_boot,
     ),
     ("the overlay is read back on one vCPU", overlay_again),
+    (
+        "network both ways, another's address, vsock both ways, balloon",
+        devices,
+    ),
 ];
 
 /// Hash of a file that the guest writes, for the next boot.
 const HASH: &str = "/bed/expected";
 
-fn raw() -> Box<dyn Disk> {
+pub(crate) fn raw() -> Box<dyn Disk> {
     Box::new(RawDisk::new(file("root.ext4"), Access::ReadWrite).expect("a disk"))
 }
 

@@ -12,6 +12,7 @@ use insula_vmm::config::{Console, MachineConfig, VcpuCount};
 use insula_vmm::exit::ExitReason;
 use insula_vmm::memory::MemorySize;
 use insula_vmm::threads::Threads;
+use insula_vmm::virtio::VirtioDevice;
 use insula_vmm::virtio::block::{Block, Disk};
 use insula_vmm::virtio::rng::Rng;
 use insula_vmm::{Hypervisor, Machine};
@@ -21,7 +22,7 @@ use crate::console::{PATIENCE, Screen};
 /// Where the test bed puts its files.
 pub(crate) const FILES: &str = "/bed";
 const COMMAND_LINE: &str = "console=ttyS0 quiet panic=-1 pci=off";
-const MEMORY: Bytes = Bytes::mib(192);
+pub(crate) const MEMORY: Bytes = Bytes::mib(192);
 
 pub(crate) fn file(name: &str) -> File {
     let path = Path::new(FILES).join(name);
@@ -39,9 +40,22 @@ pub(crate) struct Guest {
 impl Guest {
     /// Boots with this disk as its root, and returns when its init is ready.
     pub(crate) fn boot(hypervisor: &Hypervisor, vcpus: u8, root: Box<dyn Disk>) -> Self {
+        Self::boot_with(hypervisor, vcpus, root, Vec::new())
+    }
+
+    /// The same with more devices.
+    pub(crate) fn boot_with(
+        hypervisor: &Hypervisor,
+        vcpus: u8,
+        root: Box<dyn Disk>,
+        more: Vec<Box<dyn VirtioDevice>>,
+    ) -> Self {
         let screen = Screen::default();
         let (keyboard, input) = UnixStream::pair().expect("a socket");
         let root = Block::new(root, "root-disk".parse().expect("a serial"));
+        let mut devices: Vec<Box<dyn VirtioDevice>> =
+            vec![Box::new(root), Box::new(Rng::default())];
+        devices.extend(more);
         let config = MachineConfig {
             vcpus: VcpuCount::new(vcpus).expect("a count"),
             memory: MemorySize::new(MEMORY).expect("a size"),
@@ -54,7 +68,7 @@ impl Guest {
                 output: Box::new(screen.clone()),
                 input: Some(input.into()),
             },
-            devices: vec![Box::new(root), Box::new(Rng::default())],
+            devices,
         };
         let machine = Machine::new(hypervisor, config, &Threads::default());
         let mut machine = machine.unwrap_or_else(|error| panic!("no machine: {error}"));

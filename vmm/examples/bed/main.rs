@@ -5,7 +5,9 @@
 
 mod cases;
 mod console;
+mod devices;
 mod guest;
+mod sockets;
 
 use std::io::{self, Write};
 use std::panic::{self, AssertUnwindSafe};
@@ -15,6 +17,34 @@ use std::time::Instant;
 use insula_vmm::Hypervisor;
 
 fn main() -> ExitCode {
+    let arguments: Vec<String> = std::env::args().skip(1).collect();
+    let words: Vec<&str> = arguments.iter().map(String::as_str).collect();
+    let number = |text: &str| text.parse().expect("a port");
+    match words.as_slice() {
+        [] => cases(""),
+        [word] => cases(word),
+        ["answer", port, clients] => ended(sockets::answer(
+            number(port),
+            clients.parse().expect("a count"),
+        )),
+        ["ask", port, question] => ended(sockets::ask(number(port), question)),
+        other => panic!("{other:?}"),
+    }
+}
+
+/// What is done inside a guest.
+fn ended(outcome: io::Result<()>) -> ExitCode {
+    match outcome {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            let _ = writeln!(io::stderr(), "{error}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// Those that have this word in their names.
+fn cases(word: &str) -> ExitCode {
     let hypervisor = match Hypervisor::open() {
         Ok(hypervisor) => hypervisor,
         Err(why) => {
@@ -24,6 +54,7 @@ fn main() -> ExitCode {
     };
     let failed = cases::ALL
         .into_iter()
+        .filter(|(name, _)| name.contains(word))
         .filter(|(name, case)| !run(name, || case(&hypervisor)))
         .count();
     if failed == 0 {

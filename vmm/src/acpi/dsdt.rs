@@ -12,6 +12,8 @@ use crate::layout;
 
 /// Length of a table's header (ACPI 6.5, 5.2.6).
 const HEADER_BYTES: u32 = 36;
+/// Notification that the power button was pressed (ACPI 6.5, table 5.202).
+const BUTTON_PRESSED: u8 = 0x80;
 /// Notification of a device that its status changed; the generation id's own meaning.
 const GENERATION_CHANGED: u8 = 0x80;
 
@@ -24,6 +26,7 @@ pub(super) fn build(virtio_devices: usize) -> Vec<u8> {
     }
     generation_id(&mut code);
     event_device(&mut code);
+    power_button(&mut code);
     // ACPI 6.5, 5.2.11.1: from revision 2 on integers have 64 bits.
     let mut table = Sdt::new(
         *b"DSDT",
@@ -133,6 +136,27 @@ fn event_device(code: &mut Vec<u8>) {
         "EVTS",
         vec![
             &Name::new(Path::new("_HID"), &"ACPI0013"),
+            &Name::new(Path::new("_UID"), &0_u8),
+            &Name::new(Path::new("_CRS"), &ResourceTemplate::new(vec![&line])),
+            &Method::new(Path::new("_EVT"), 1, true, vec![&notify]),
+        ],
+    );
+}
+
+/// The control-method power button (ACPI 6.5, 4.8.2.2.1.2), and an event device of its own for it:
+/// hardware-reduced ACPI has no fixed one.
+fn power_button(code: &mut Vec<u8>) {
+    let button = Name::new(Path::new("_HID"), &EISAName::new("PNP0C0C"));
+    device(code, "PWRB", vec![&button]);
+    let target = Path::new("\\_SB_.PWRB");
+    let notify = Notify::new(&target, &BUTTON_PRESSED);
+    let line = line(layout::POWER_BUTTON_GSI);
+    device(
+        code,
+        "PWRE",
+        vec![
+            &Name::new(Path::new("_HID"), &"ACPI0013"),
+            &Name::new(Path::new("_UID"), &1_u8),
             &Name::new(Path::new("_CRS"), &ResourceTemplate::new(vec![&line])),
             &Method::new(Path::new("_EVT"), 1, true, vec![&notify]),
         ],

@@ -115,6 +115,7 @@ fn fadt(dsdt: GuestAddress) -> acpi_tables::fadt::FADT {
         .preferred_pm_profile(PmProfile::EnterpriseServer)
         .flag(Flags::HwReducedAcpi)
         .flag(Flags::ResetRegSup)
+        .flag(Flags::PwrButton)
         .flag(Flags::Headless);
     fadt.iapc_boot_arch = BOOT_ARCH.into();
     fadt.reset_reg = port(layout::RESET_PORT);

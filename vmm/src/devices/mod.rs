@@ -2,6 +2,7 @@
 //!
 //! What nobody answers reads as all ones and swallows writes, as on a PC's bus; it is counted.
 
+mod generation;
 mod power;
 mod serial;
 
@@ -13,6 +14,8 @@ use crate::exit::{ExitReason, RebootBy};
 use crate::layout;
 use crate::virtio::MmioTransport;
 
+pub use generation::GenerationError;
+pub(crate) use generation::GenerationId;
 use power::PowerRegisters;
 pub use serial::ConsoleCounts;
 pub(crate) use serial::{SerialPort, feed};

@@ -137,6 +137,26 @@ impl<'m> Vectors<'m> {
         result(unsafe { libc::writev(file.as_fd().as_raw_fd(), self.list.as_ptr(), count) })
     }
 
+    /// One `writev` of bytes of our own and then the vectors: a packet whose head was looked at,
+    /// and must go out as it was seen. Returns how many bytes.
+    ///
+    /// # Errors
+    /// As for [`Vectors::write`].
+    pub fn write_after(&self, head: &[u8], file: impl AsFd) -> io::Result<u64> {
+        let mut list = Vec::with_capacity(self.list.len() + 1);
+        list.push(libc::iovec {
+            iov_base: head.as_ptr().cast_mut().cast(),
+            iov_len: head.len(),
+        });
+        list.extend(&self.list);
+        if list.len() > VECTORS_MAX {
+            return Err(io::ErrorKind::InvalidInput.into());
+        }
+        let count = count(list.len())?;
+        // SAFETY: as in `write_at`; `head` is borrowed until the call returns, and only read.
+        result(unsafe { libc::writev(file.as_fd().as_raw_fd(), list.as_ptr(), count) })
+    }
+
     fn one_call(&self) -> io::Result<libc::c_int> {
         if self.list.len() > VECTORS_MAX {
             return Err(io::ErrorKind::InvalidInput.into());

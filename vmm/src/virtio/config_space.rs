@@ -76,9 +76,20 @@ impl ConfigSpace {
         self.generation.load(Ordering::Acquire)
     }
 
-    /// Puts back what [`ConfigSpace::snapshot`] gave.
-    pub(super) fn restore(&self, saved: &[u8]) {
-        self.set(0, saved);
+    /// Puts back what the driver had written when [`ConfigSpace::snapshot`] was taken. The rest is
+    /// the device's, and may differ now: a clone has a MAC address of its own. `true` if it does.
+    pub(super) fn restore(&self, saved: &[u8]) -> bool {
+        let mut bytes = self.lock();
+        let mut differs = bytes.len() != saved.len();
+        for (at, (now, then)) in bytes.iter_mut().zip(saved).enumerate() {
+            if self.writable.contains(&at) {
+                *now = *then;
+            } else {
+                differs |= now != then;
+            }
+        }
+        self.generation.fetch_add(1, Ordering::Release);
+        differs
     }
 
     fn lock(&self) -> MutexGuard<'_, Vec<u8>> {
@@ -108,6 +119,16 @@ mod tests {
         assert_eq!(seen, [1, 1, 0, 0]);
         space.read(usize::MAX, &mut seen);
         assert_eq!(seen, [0; 4]);
+    }
+
+    #[test]
+    fn only_the_drivers_part_is_restored() {
+        let space = ConfigSpace::new(vec![1, 2, 3, 4], 1..2);
+        assert!(!space.restore(&[1, 9, 3, 4]));
+        assert_eq!(space.snapshot(), [1, 9, 3, 4]);
+        assert!(space.restore(&[7, 8, 7, 7]));
+        assert_eq!(space.snapshot(), [1, 8, 3, 4]);
+        assert!(space.restore(&[]));
     }
 
     #[test]

@@ -21,18 +21,22 @@
 //! and sets NEEDS_RESET, and the machine goes on without it until the driver resets it. It can
 //! notify without end: that costs its own vCPU time and a bounded turn of the worker.
 
+pub mod balloon;
 pub mod block;
 mod config_space;
 mod device;
 mod interrupt;
+pub mod net;
 pub mod queue;
 pub mod rng;
 mod status;
 #[cfg(test)]
 pub(crate) mod testing;
+mod throttle;
 mod transport;
 #[cfg(test)]
 mod transport_tests;
+pub mod vsock;
 mod worker;
 
 pub use config_space::ConfigSpace;
@@ -40,7 +44,7 @@ pub use device::{
     DeviceError, DeviceKind, DeviceState, Interest, QueueSpec, Readiness, VirtioDevice,
 };
 pub use interrupt::{Interrupt, InterruptLine};
-pub use queue::{Chain, QueueError, Queues};
+pub use queue::{Chain, QueueError, Queues, Served};
 pub use status::Status;
 pub use transport::{MmioTransport, RestoreError, SavedQueue, TransportState};
 pub use worker::{Worker, WorkerError};

@@ -194,6 +194,8 @@ pub(super) struct Ring {
     pub(super) spec: QueueSpec,
     /// What the driver's notifications arrive on; also how a device calls itself back.
     pub(super) notification: Event,
+    /// Something was given back since the driver was last told, or not told as it wished.
+    pub(super) pushed: bool,
 }
 
 impl Queues {
@@ -265,6 +267,7 @@ impl Queues {
         let written = written.min(chain.writable_bytes);
         let memory = &self.memory;
         let ring = ring_mut(&mut self.rings, index)?;
+        ring.pushed = true;
         ring.queue
             .add_used(memory, chain.head, written)
             .map_err(|error| broken(index, &error))
@@ -277,6 +280,9 @@ impl Queues {
     pub fn notify(&mut self, index: usize) -> Result<(), QueueError> {
         let memory = &self.memory;
         let ring = ring_mut(&mut self.rings, index)?;
+        if !std::mem::take(&mut ring.pushed) {
+            return Ok(());
+        }
         let wanted = ring.queue.needs_notification(memory);
         if wanted.map_err(|error| broken(index, &error))? {
             self.interrupt.buffers_used();
@@ -321,19 +327,50 @@ impl Queues {
         index: usize,
         mut serve: impl FnMut(&GuestMemory, &Chain) -> Result<u32, DeviceError>,
     ) -> Result<(), DeviceError> {
+        let served = |memory: &GuestMemory, chain: &Chain| serve(memory, chain).map(Served::Done);
+        self.drain_until(index, served).map(|_| ())
+    }
+
+    /// The same with a `serve` that may leave a request in its queue. After that, which is what
+    /// `true` says, the device has to come back for it on its own: the driver is not asked to
+    /// notify.
+    ///
+    /// # Errors
+    /// The driver broke the rules, or `serve` did not succeed.
+    pub fn drain_until(
+        &mut self,
+        index: usize,
+        mut serve: impl FnMut(&GuestMemory, &Chain) -> Result<Served, DeviceError>,
+    ) -> Result<bool, DeviceError> {
         self.want_notifications(index, false)?;
         let most = ring_mut(&mut self.rings, index)?.queue.size();
+        let mut left_one = false;
         for _ in 0..most {
             let Some(chain) = self.pop(index)? else { break };
-            let written = serve(&self.memory, &chain)?;
-            self.push(index, chain, written)?;
+            match serve(&self.memory, &chain)? {
+                Served::Done(written) => self.push(index, chain, written)?,
+                Served::Later => {
+                    self.unpop(index, chain);
+                    left_one = true;
+                    break;
+                }
+            }
         }
         self.notify(index)?;
-        if self.want_notifications(index, true)? {
+        if !left_one && self.want_notifications(index, true)? {
             self.call_back(index);
         }
-        Ok(())
+        Ok(left_one)
     }
+}
+
+/// What became of a request.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Served {
+    /// It is done, with this many bytes written for the driver.
+    Done(u32),
+    /// It stays where it was.
+    Later,
 }
 
 fn ring_mut(rings: &mut [Ring], index: usize) -> Result<&mut Ring, QueueError> {

@@ -425,12 +425,15 @@ impl MmioTransport {
         self.driver_features_select = state.driver_features_select;
         self.queue_select = state.queue_select;
         self.queues = state.queues.iter().map(|queue| queue.registers).collect();
-        self.config.restore(&state.config);
+        let config_differs = self.config.restore(&state.config);
         self.worker.restore(DeviceState(state.device.clone()))?;
         if self.status.live() {
             self.go_live(&state.queues);
         }
         self.interrupt.restore(state.interrupt_status);
+        if config_differs && self.status.live() {
+            self.interrupt.config_changed();
+        }
         Ok(())
     }
 }

@@ -312,6 +312,7 @@ impl Runner {
                 queue,
                 spec: *spec,
                 notification,
+                pushed: false,
             })
         });
         let outcome = rings.collect::<io::Result<Vec<_>>>();

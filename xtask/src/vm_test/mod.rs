@@ -35,13 +35,19 @@ const MARK: &str = "bed: ";
 /// The last such line.
 const END: &str = "end";
 
-/// Fetches, builds, boots, and tells. The last line is `N passed, N failed`.
-pub(crate) fn run(repository: &Repository) -> Result<ExitCode> {
+/// Fetches, builds, boots, and tells. The last line is `N passed, N failed`. With a word only the
+/// cases run that have it in their names.
+pub(crate) fn run(repository: &Repository, only: Option<&str>) -> Result<ExitCode> {
+    if let Some(word) = only
+        && !word.bytes().all(|letter| letter.is_ascii_lowercase())
+    {
+        bail!("{word:?} is not a word of small letters");
+    }
     let dir = repository.target.join("vm-bed");
     let debian = debian::ensure(&dir)?;
     let image = bed::build(repository, &dir, &debian)?;
     let start = Instant::now();
-    let report = boot(&dir, &debian.kernel, &image)?;
+    let report = boot(&dir, &debian.kernel, &image, only)?;
     say(&format!(
         "{} passed, {} failed in {} s",
         report.passed,
@@ -82,8 +88,8 @@ impl Report {
 }
 
 /// Boots the bed in emulation; its console goes to `console.log` beside the image.
-fn boot(dir: &Path, kernel: &Path, image: &Path) -> Result<Report> {
-    let mut emulator = Emulator::start(kernel, image)?;
+fn boot(dir: &Path, kernel: &Path, image: &Path, only: Option<&str>) -> Result<Report> {
+    let mut emulator = Emulator::start(kernel, image, only)?;
     let console = emulator
         .0
         .stdout
@@ -139,7 +145,12 @@ fn boot(dir: &Path, kernel: &Path, image: &Path) -> Result<Report> {
 struct Emulator(Child);
 
 impl Emulator {
-    fn start(kernel: &Path, image: &Path) -> Result<Self> {
+    fn start(kernel: &Path, image: &Path, only: Option<&str>) -> Result<Self> {
+        let mut command_line = "console=ttyS0 panic=-1 quiet".to_owned();
+        if let Some(word) = only {
+            command_line += " only=";
+            command_line += word;
+        }
         let mut command = Command::new("qemu-system-x86_64");
         command
             .args([
@@ -154,7 +165,7 @@ impl Emulator {
             .arg(kernel)
             .arg("-initrd")
             .arg(image)
-            .args(["-append", "console=ttyS0 panic=-1 quiet"])
+            .args(["-append", &command_line])
             .stdin(Stdio::null())
             .stdout(Stdio::piped());
         match command.spawn() {

@@ -46,7 +46,14 @@ fn places_then_a_queue_then_a_refusal() {
     assert_eq!(ask(&mut desk, ONE, 2, MS), Ok(Arrival::Waits));
     let refused = ask(&mut desk, ONE, 3, ms(2)).unwrap_err();
     assert!(
-        matches!(refused, Shed::TenantFull { running: 2, waiting: 1, .. }),
+        matches!(
+            refused,
+            Shed::TenantFull {
+                running: 2,
+                waiting: 1,
+                ..
+            }
+        ),
         "{refused}"
     );
     assert_eq!(refused.retry_after(), Some(1));
@@ -54,7 +61,8 @@ fn places_then_a_queue_then_a_refusal() {
     assert_eq!(freed.next, Some(key(2)));
     assert_eq!((freed.refused.len(), desk.jobs()), (0, 2));
     for _ in 0..2 {
-        assert_eq!(desk.depart(ONE, MS, ms(4)), Freed::default());
+        let freed = desk.depart(ONE, MS, ms(4));
+        assert_eq!((freed.next, freed.refused.len()), (None, 0));
     }
     assert_eq!((desk.jobs(), desk.house.active_shares), (0, 0));
 }
@@ -77,13 +85,15 @@ fn a_short_queue_is_first_in_first_out_and_a_standing_one_is_not() {
     let freed = desk.depart(ONE, ms(10), ms(111));
     assert_eq!(freed.refused, (11..=20).map(key).collect::<Vec<_>>());
     assert_eq!(freed.next, None);
-    // And all is forgotten: the next flood may queue again.
+    // For another 100 ms after that it takes nobody for whom there is no place soon,
     assert_eq!(ask(&mut desk, ONE, 30, ms(112)), Ok(Arrival::Runs));
-    assert_eq!(ask(&mut desk, ONE, 31, ms(112)), Ok(Arrival::Waits));
+    assert!(ask(&mut desk, ONE, 31, ms(210)).is_err());
+    // and when nobody was refused for so long, all is forgotten.
+    assert_eq!(ask(&mut desk, ONE, 32, ms(311)), Ok(Arrival::Waits));
 }
 
 #[test]
-fn the_newest_of_a_standing_queue_is_served() {
+fn a_standing_queue_is_kept_short_and_serves_what_is_fresh() {
     let mut desk = desk(1, 100);
     assert_eq!(ask(&mut desk, ONE, 0, ms(0)), Ok(Arrival::Runs));
     // A place every millisecond, and two requests for it: the queue never gets empty.
@@ -106,7 +116,10 @@ fn the_newest_of_a_standing_queue_is_served() {
         assert!(now <= 6, "{now} wait at {at} ms");
     }
     let (at, last) = *served.last().unwrap();
-    assert!(last >= key(2 * u32::try_from(at).unwrap() - 12), "{last:?} at {at}");
+    assert!(
+        last >= key(2 * u32::try_from(at).unwrap() - 12),
+        "{last:?} at {at}"
+    );
 }
 
 #[test]
@@ -169,7 +182,9 @@ fn a_rate_is_kept_and_says_when_to_come_again() {
         assert_eq!(ask(&mut desk, ONE, 0, ms(10)), Ok(Arrival::Runs));
     }
     let refused = ask(&mut desk, ONE, 0, ms(10)).unwrap_err();
-    assert!(matches!(refused, Shed::TenantRate { per_second: 2, retry } if retry == Duration::from_millis(500)));
+    assert!(
+        matches!(refused, Shed::TenantRate { per_second: 2, retry } if retry == Duration::from_millis(500))
+    );
     assert_eq!(ask(&mut desk, ONE, 0, ms(510)), Ok(Arrival::Runs));
 }
 
@@ -187,9 +202,16 @@ fn the_hosts_last_places_are_for_those_who_have_few() {
     assert_eq!(ran, 69, "70 places but for the other's");
     // The other's requests still find places, up to its half.
     for number in 0..10 {
-        assert_eq!(ask(&mut desk, TWO, 1_000 + number, ms(2)), Ok(Arrival::Runs));
+        assert_eq!(
+            ask(&mut desk, TWO, 1_000 + number, ms(2)),
+            Ok(Arrival::Runs)
+        );
     }
-    assert_eq!(ask(&mut desk, TWO, 1_010, ms(2)), Ok(Arrival::Waits), "all are taken");
+    assert_eq!(
+        ask(&mut desk, TWO, 1_010, ms(2)),
+        Ok(Arrival::Waits),
+        "all are taken"
+    );
     // What the flood gives back goes to whoever has less than its part.
     let freed = desk.depart(ONE, MS, ms(3));
     assert_eq!(freed.next, Some(key(1_010)));

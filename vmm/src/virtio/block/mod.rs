@@ -9,6 +9,10 @@
 //! room for its status stops the device. An error of the image file is an I/O error to the guest
 //! and is counted: the guest decides what to do about a failing disk.
 //!
+//! *Limits.* A request is charged when it is read, before anything is done; what its buckets do not
+//! let through yet stays in the queue, and what comes after it, too. Zeroes are charged as what they
+//! may have to be written as, a discard as one operation.
+//!
 //! *Durability.* With FLUSH accepted, writes go to the host's page cache and a flush makes all
 //! that came before it durable. A driver that does not take FLUSH gets a disk that writes through
 //! (5.2.6.2).
@@ -20,6 +24,7 @@ mod request;
 mod tests;
 
 use std::fmt;
+use std::io;
 use std::str::FromStr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -30,9 +35,11 @@ use virtio_bindings::virtio_blk::{
 };
 
 use super::config_space::ConfigSpace;
-use super::device::{DeviceError, DeviceKind, QueueSpec, VirtioDevice};
-use super::queue::{Chain, Queues};
+use super::device::{DeviceError, DeviceKind, Interest, QueueSpec, VirtioDevice};
+use super::queue::{Chain, Queues, Served};
+use super::throttle::Throttle;
 use crate::memory::GuestMemory;
+use crate::rate_limiter::RateLimits;
 
 pub use disk::{Access, Disk, DiskError, RawDisk};
 pub use overlay::{BaseId, Overlay, OverlayError};
@@ -132,6 +139,7 @@ pub struct Block {
     config: Arc<ConfigSpace>,
     counts: Arc<DiskCounts>,
     caching: Caching,
+    throttle: Option<Throttle>,
 }
 
 /// Whether the driver sends flushes.
@@ -152,7 +160,17 @@ impl Block {
             config,
             counts: Arc::default(),
             caching: Caching::WriteThrough,
+            throttle: None,
         }
+    }
+
+    /// The same device with limits of what it moves, reads and writes together.
+    ///
+    /// # Errors
+    /// No descriptor is to be had.
+    pub fn with_limits(mut self, limits: RateLimits) -> io::Result<Self> {
+        self.throttle = Some(Throttle::new(limits)?);
+        Ok(self)
     }
 
     /// What it does, for whoever meters it.
@@ -161,17 +179,21 @@ impl Block {
         Arc::clone(&self.counts)
     }
 
-    /// Serves one request, and returns how many bytes were written for the driver.
-    fn serve(&mut self, memory: &GuestMemory, chain: &Chain) -> Result<u32, DeviceError> {
+    /// Serves one request, or leaves it for later.
+    fn serve(&mut self, memory: &GuestMemory, chain: &Chain) -> Result<Served, DeviceError> {
         let Some(status_at) = chain.writable_bytes().checked_sub(STATUS_BYTES) else {
             return Err(DeviceError::Protocol(
                 "a request without room for its status",
             ));
         };
-        let outcome = match Request::parse(memory, chain, self.disk.bytes()) {
-            Ok(request) => self.perform(memory, &request),
-            Err(refusal) => Err(refusal),
-        };
+        let request = Request::parse(memory, chain, self.disk.bytes());
+        if let Some(throttle) = &mut self.throttle {
+            let bytes = request.as_ref().map_or(0, Request::charged_bytes);
+            if !throttle.admit(bytes)? {
+                return Ok(Served::Later);
+            }
+        }
+        let outcome = request.and_then(|request| self.perform(memory, &request));
         self.counts.requests.fetch_add(1, Ordering::Relaxed);
         let (status, written) = match outcome {
             Ok(written) => (STATUS_OK, written),
@@ -184,11 +206,11 @@ impl Block {
         chain.write(memory, status_at, &[status])?;
         // The status comes last: where it was not all written, the driver may count on nothing
         // between.
-        Ok(if written == status_at {
+        Ok(Served::Done(if written == status_at {
             written + 1
         } else {
             status_at + 1
-        })
+        }))
     }
 
     fn perform(&mut self, memory: &GuestMemory, request: &Request) -> Result<u32, Refusal> {
@@ -274,10 +296,26 @@ impl VirtioDevice for Block {
     }
 
     fn queue_notified(&mut self, index: usize, queues: &mut Queues) -> Result<(), DeviceError> {
-        queues.drain(index, |memory, chain| self.serve(memory, chain))
+        // A notification is no reason to look sooner than the buckets said.
+        if self.throttle.as_ref().is_some_and(Throttle::waits) {
+            return Ok(());
+        }
+        queues.drain_until(index, |memory, chain| self.serve(memory, chain))?;
+        Ok(())
     }
 
-    fn reset(&mut self) {}
+    fn interests<'d>(&'d self, into: &mut Vec<Interest<'d>>) {
+        into.extend(self.throttle.as_ref().and_then(|it| it.interest(0)));
+    }
+
+    fn host_ready(&mut self, _token: u64, queues: &mut Queues) -> Result<(), DeviceError> {
+        self.throttle.iter_mut().for_each(Throttle::go_on);
+        self.queue_notified(0, queues)
+    }
+
+    fn reset(&mut self) {
+        self.throttle.iter_mut().for_each(Throttle::go_on);
+    }
 }
 
 /// `struct virtio_blk_config` (5.2.4).

@@ -57,6 +57,14 @@ pub(super) struct Request {
 }
 
 impl Request {
+    /// What it takes of a bucket for bytes.
+    pub(super) fn charged_bytes(&self) -> u64 {
+        match &self.kind {
+            Kind::Zeroes(ranges) => ranges.iter().map(|range| range.end - range.start).sum(),
+            _ => self.bytes,
+        }
+    }
+
     /// The chain is known to have room for the status.
     pub(super) fn parse(
         memory: &GuestMemory,

@@ -2,7 +2,9 @@
 
 use std::fs::File;
 use std::io::{Read as _, Write as _};
+use std::num::NonZeroU64;
 use std::os::unix::fs::FileExt;
+use std::time::{Duration, Instant};
 
 use proptest::prelude::*;
 use vm_memory::{Bytes as _, GuestAddress};
@@ -10,6 +12,7 @@ use vm_memory::{Bytes as _, GuestAddress};
 use super::super::testing::{Driver, memory};
 use super::*;
 use crate::memory::vectors::Segment;
+use crate::rate_limiter::Rate;
 
 const FLUSH: u64 = 1 << VIRTIO_BLK_F_FLUSH;
 /// Not whole sectors, nor whole blocks of an overlay.
@@ -348,4 +351,46 @@ fn model_base() -> Vec<u8> {
         .copied()
         .take(usize::try_from(DISK_BYTES).expect("small"))
         .collect()
+}
+
+/// A thousand operations a second, one at once: ten take at least nine milliseconds, and stay in
+/// the queue until then.
+#[test]
+fn requests_wait_for_tokens() {
+    let rate = |per_second, burst| Rate {
+        per_second: NonZeroU64::new(per_second).expect("not zero"),
+        burst: NonZeroU64::new(burst).expect("not zero"),
+    };
+    let operations = RateLimits {
+        bytes: None,
+        operations: Some(rate(1000, 1)),
+    };
+    // Four KiB at once, and a MiB in a second.
+    let bytes = RateLimits {
+        bytes: Some(rate(1 << 20, 4096)),
+        operations: None,
+    };
+    for (limits, least) in [(operations, 9), (bytes, 35)] {
+        let block = raw(Access::ReadWrite).with_limits(limits);
+        let mut driver = Driver::live(block.expect("a timer"), FLUSH);
+        let start = Instant::now();
+        for _ in 0..10 {
+            driver.offer(0, &[&header(1, 0), &[7; 4096]], &[1]);
+        }
+        driver.notify(0);
+        for _ in 0..10 {
+            // Notifying again does not help.
+            driver.notify(0);
+            driver.wait_used(0);
+        }
+        assert!(start.elapsed() >= Duration::from_millis(least));
+        // A reset in the middle of a wait leaves a device that works.
+        driver.offer(0, &[&header(1, 0), &[7; 4096]], &[1]);
+        driver.notify(0);
+        driver.reset();
+        driver.set_up(0);
+        driver.offer(0, &[&header(4, 0)], &[1]);
+        driver.notify(0);
+        driver.wait_used(0);
+    }
 }

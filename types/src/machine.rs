@@ -1,0 +1,200 @@
+//! What a caller asks of a machine: processors, memory, what it boots, its disks.
+
+use serde::{Deserialize, Serialize};
+
+use crate::name::ImageName;
+use crate::quantity::Bytes;
+use crate::spec::{CpuEnvelope, RawCpu, SpecErrors};
+
+/// Processors of one machine, at most.
+pub const VCPUS_MAX: u8 = 32;
+/// Disks of one machine, at most: what interrupt lines are left beside the other devices.
+pub const DISKS_MAX: usize = 12;
+/// Memory comes in whole pages.
+const PAGE_BYTES: u64 = 4096;
+/// Smaller than any kernel that boots.
+const MEMORY_LEAST: Bytes = Bytes::mib(2);
+const MEMORY_MOST: Bytes = Bytes::mib(1 << 20);
+/// What an x86 kernel takes, its end mark left out.
+const COMMAND_LINE_MAX_BYTES: usize = 2047;
+/// A distribution's kernel then speaks on the console, and a panic ends the machine.
+const COMMAND_LINE: &str = "console=ttyS0 panic=-1";
+
+/// Whether a guest may write to a disk.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum DiskMode {
+    /// Only read: all machines with this image share its bytes.
+    Ro,
+    /// What it writes is kept for this machine, and the image stays as it is.
+    Rw,
+}
+
+/// One disk.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct MachineDisk {
+    /// Its content at first.
+    pub image: ImageName,
+    /// Whether the guest may write.
+    pub mode: DiskMode,
+    /// Its size, where that is to be more than the image's.
+    #[serde(rename = "size_bytes")]
+    pub size: Option<Bytes>,
+}
+
+/// A machine as it was asked for.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(try_from = "RawMachineSpec")]
+pub struct MachineSpec {
+    /// Processors.
+    pub vcpus: u8,
+    /// Memory, in whole pages.
+    #[serde(rename = "memory_bytes")]
+    pub memory: Bytes,
+    /// CPU shares, reservation, limit, within the tenant's.
+    pub cpu: CpuEnvelope,
+    /// What it boots.
+    pub kernel: ImageName,
+    /// Its initial ramdisk.
+    pub initrd: Option<ImageName>,
+    /// What the kernel is told.
+    pub cmdline: String,
+    /// In the order in which the guest finds them.
+    pub disks: Vec<MachineDisk>,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct RawDisk {
+    image: ImageName,
+    mode: Option<DiskMode>,
+    #[serde(alias = "size_bytes")]
+    size: Option<Bytes>,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct RawMachineSpec {
+    vcpus: Option<u8>,
+    #[serde(alias = "memory_bytes")]
+    memory: Option<Bytes>,
+    #[serde(default)]
+    cpu: RawCpu,
+    kernel: ImageName,
+    initrd: Option<ImageName>,
+    cmdline: Option<String>,
+    #[serde(default)]
+    disks: Vec<RawDisk>,
+}
+
+impl TryFrom<RawMachineSpec> for MachineSpec {
+    type Error = SpecErrors;
+
+    fn try_from(raw: RawMachineSpec) -> Result<Self, SpecErrors> {
+        let mut errors = SpecErrors::default();
+        let vcpus = raw.vcpus.unwrap_or(1);
+        if !(1..=VCPUS_MAX).contains(&vcpus) {
+            errors.push("vcpus", format_args!("goes from 1 to {VCPUS_MAX}"));
+        }
+        let memory = raw.memory.unwrap_or(Bytes::mib(256));
+        let whole = memory.get().is_multiple_of(PAGE_BYTES);
+        if !whole || !(MEMORY_LEAST..=MEMORY_MOST).contains(&memory) {
+            let (least, most) = (MEMORY_LEAST.get(), MEMORY_MOST.get());
+            errors.push(
+                "memory",
+                format_args!("goes from {least} to {most} bytes, in whole pages of {PAGE_BYTES}"),
+            );
+        }
+        let cmdline = raw.cmdline.unwrap_or_else(|| COMMAND_LINE.to_owned());
+        if cmdline.len() > COMMAND_LINE_MAX_BYTES {
+            let bytes = cmdline.len();
+            errors.push(
+                "cmdline",
+                format_args!("has {bytes} bytes, and a kernel takes {COMMAND_LINE_MAX_BYTES}"),
+            );
+        }
+        if !cmdline.bytes().all(|byte| matches!(byte, b' '..=b'~')) {
+            errors.push("cmdline", "holds printable ASCII only");
+        }
+        if raw.disks.len() > DISKS_MAX {
+            errors.push("disks", format_args!("are at most {DISKS_MAX}"));
+        }
+        let mut disks = Vec::with_capacity(raw.disks.len());
+        for (number, disk) in raw.disks.into_iter().enumerate() {
+            let mode = disk.mode.unwrap_or(DiskMode::Ro);
+            if disk.size.is_some() && mode == DiskMode::Ro {
+                let path = format!("disks[{number}].size");
+                errors.push(&path, "a disk that is only read is as large as its image");
+            }
+            disks.push(MachineDisk {
+                image: disk.image,
+                mode,
+                size: disk.size,
+            });
+        }
+        let cpu = raw.cpu.check(&mut errors);
+        errors.into_result(Self {
+            vcpus,
+            memory,
+            cpu,
+            kernel: raw.kernel,
+            initrd: raw.initrd,
+            cmdline,
+            disks,
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn parse(text: &str) -> Result<MachineSpec, serde_json::Error> {
+        serde_json::from_str(text)
+    }
+
+    #[test]
+    fn what_is_left_out_has_a_default() {
+        let spec = parse(r#"{"kernel":"debian"}"#).expect("enough");
+        assert_eq!((spec.vcpus, spec.memory), (1, Bytes::mib(256)));
+        assert_eq!(spec.cmdline, COMMAND_LINE);
+        assert!(spec.disks.is_empty() && spec.initrd.is_none());
+    }
+
+    #[test]
+    fn what_is_printed_can_be_read_again() {
+        let text = r#"{"vcpus":4,"memory":"1GiB","cpu":{"limit":"1500m","shares":"low"},
+            "kernel":"debian-6-1","initrd":"ramdisk","cmdline":"root=/dev/vda",
+            "disks":[{"image":"root","mode":"rw","size":"4GiB"},{"image":"tools"}]}"#;
+        let spec = parse(text).expect("a spec");
+        let printed = serde_json::to_string(&spec).expect("prints");
+        assert!(
+            printed.contains(r#""memory_bytes":1073741824"#),
+            "{printed}"
+        );
+        assert_eq!(parse(&printed).expect("its own"), spec);
+    }
+
+    #[test]
+    fn all_mistakes_are_named_at_once() {
+        let disks = r#"{"image":"a","size":"1GiB"},"#.repeat(13);
+        let text = format!(
+            r#"{{"vcpus":33,"memory":4097,"kernel":"k","cmdline":"\u0007",
+               "cpu":{{"reservation":2,"limit":1}},"disks":[{}]}}"#,
+            disks.trim_end_matches(',')
+        );
+        let mistakes = parse(&text).expect_err("wrong").to_string();
+        for word in [
+            "vcpus",
+            "memory",
+            "cmdline",
+            "cpu.reservation",
+            "disks:",
+            "disks[3]",
+        ] {
+            assert!(mistakes.contains(word), "{word}: {mistakes}");
+        }
+        assert!(parse(r#"{"kernel":"k","colour":"blue"}"#).is_err());
+        assert!(parse(r#"{"vcpus":1}"#).is_err());
+    }
+}

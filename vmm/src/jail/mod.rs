@@ -1,0 +1,150 @@
+//! What a monitor process does to itself before the first guest instruction.
+//!
+//! ```text
+//!  host                              monitor process
+//!  ────                              ───────────────
+//!  makes the directory, the cgroup,
+//!  the listening socket
+//!  spawn::in_pid_namespace ────────▶ starts with descriptors 0, 1, 2
+//!                                    enter(spec):  1 moves into its cgroup
+//!                                                  2 closes all other descriptors
+//!                                                  3 leaves the host's namespaces
+//!                                                  4 makes the directory its root
+//!                                                  5 sets resource limits
+//!                                                  6 becomes its own user, no capabilities
+//!                                                  7 no new privileges, not dumpable
+//!                                    Report ─▶ goes on, or exits with what is missing
+//!  configure, with descriptors ────▶ opens nothing itself: all comes over the socket
+//!                                    each thread installs its filter (seccomp::install)
+//!                                    first guest instruction
+//! ```
+//!
+//! The order matters: what needs a path comes before the root changes, what needs privilege before
+//! it is given up. The configuration is parsed inside the jail.
+//!
+//! **Failure paths.** A measure that cannot be taken is noted with the call that failed, and the
+//! next is tried: what is missing is the caller's decision, made on the [`Report`] with
+//! [`Report::require`]. Nothing is undone; a process that does not like its report exits, and with
+//! it goes everything that it made. Without root, namespaces are tried through a user namespace.
+//!
+//! Only [`NotAlone`] stops everything: users and namespaces belong to threads, and a thread that was
+//! forgotten would stay outside.
+
+mod panics;
+mod report;
+pub mod seccomp;
+pub mod spawn;
+mod steps;
+mod sys;
+pub mod syscalls;
+
+use std::io;
+use std::num::NonZeroU32;
+use std::os::fd::RawFd;
+use std::path::PathBuf;
+
+pub use panics::say_panics_in_one_line;
+pub use report::{Measure, Missing, Report, Weak};
+
+/// A user and a group of its own, by number; never root's.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Identity {
+    /// The user.
+    pub user: NonZeroU32,
+    /// The group.
+    pub group: NonZeroU32,
+}
+
+/// The bounds that the kernel keeps (`setrlimit`), hard and soft alike.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Limits {
+    /// Descriptors open at once.
+    pub descriptors: u64,
+    /// The largest file that it may write, in bytes.
+    pub file_bytes: u64,
+    /// Threads of its user, which is its own.
+    pub threads: u64,
+}
+
+/// How one monitor is to be jailed.
+#[derive(Debug, Clone)]
+pub struct Spec {
+    /// The directory that becomes its root. Made for this machine, empty but for the sockets that
+    /// its guest may connect to.
+    pub root: PathBuf,
+    /// The groups to move into: one directory in v2, one per controller in v1. Made by the host.
+    pub cgroups: Vec<PathBuf>,
+    /// Who to become.
+    pub identity: Identity,
+    /// What to be bounded by.
+    pub limits: Limits,
+    /// The descriptors that stay open.
+    pub keep: Vec<RawFd>,
+}
+
+/// The process has other threads, or cannot tell.
+#[derive(Debug, thiserror::Error)]
+pub enum NotAlone {
+    /// It has.
+    #[error("the process has {threads} threads, and must be jailed while it has one")]
+    Threads {
+        /// How many.
+        threads: usize,
+    },
+    /// `/proc/self/task` cannot be read.
+    #[error("cannot count the threads of the process: {0}")]
+    Unknown(#[from] io::Error),
+}
+
+/// Jails the calling process. To be called first in `main`: whatever descriptor is open and not in
+/// `spec.keep` is closed, whoever owns it.
+///
+/// # Errors
+/// [`NotAlone`]; nothing has been done then. Everything else is in the report.
+pub fn enter(spec: &Spec) -> Result<Report, NotAlone> {
+    let threads = std::fs::read_dir("/proc/self/task")?.count();
+    if threads != 1 {
+        return Err(NotAlone::Threads { threads });
+    }
+    let alone = sys::Alone(());
+    let root_user = rustix::process::geteuid().is_root();
+    let mut report = Report::new();
+
+    report.note(Measure::Cgroup, steps::cgroup(&spec.cgroups));
+    report.note(
+        Measure::Descriptors,
+        steps::close_descriptors(&alone, &spec.keep),
+    );
+    if !root_user {
+        // All that follows then holds within it. Where it is refused, what needs it says so.
+        let _ = steps::user_namespace(&alone);
+    }
+    let mounts = report.note(Measure::MountNamespace, steps::mount_namespace(&alone));
+    let empty = if mounts {
+        steps::change_root(&spec.root)
+    } else {
+        Err(Missing::Needs(Measure::MountNamespace))
+    };
+    report.note(Measure::EmptyRoot, empty);
+    report.note(Measure::PidNamespace, steps::pid_namespace());
+    for (measure, flag) in steps::NAMESPACES {
+        report.note(measure, steps::namespace(&alone, flag));
+    }
+    report.note(
+        Measure::ResourceLimits,
+        steps::limits(spec.limits, root_user),
+    );
+    let own = if root_user {
+        steps::become_user(spec.identity)
+    } else {
+        Err(Missing::Refused {
+            call: "setresuid",
+            reason: "only root can become another user".to_owned(),
+        })
+    };
+    report.note(Measure::OwnUser, own);
+    report.note(Measure::NoCapabilities, steps::drop_capabilities());
+    report.note(Measure::NoNewPrivileges, steps::no_new_privileges());
+    report.note(Measure::NotDumpable, steps::not_dumpable());
+    Ok(report)
+}
