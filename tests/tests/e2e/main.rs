@@ -13,6 +13,7 @@ mod kills;
 mod logs;
 mod main_job;
 mod measured;
+mod operations;
 mod prometheus;
 mod python;
 mod roles;
