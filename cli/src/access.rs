@@ -25,6 +25,7 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
+use insula_host::config::UrlScheme;
 use serde::{Deserialize, Serialize};
 
 use crate::UsageError;
@@ -47,20 +48,35 @@ pub(crate) fn default_data_dir() -> Option<PathBuf> {
         .map(|share| share.join("insula"))
 }
 
+/// Where a host's admin API is.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct AdminAddress {
+    /// Whether it speaks TLS.
+    pub(crate) scheme: UrlScheme,
+    /// `host:port`.
+    pub(crate) authority: String,
+}
+
 /// Reads `host:port`, also as part of a URL.
-pub(crate) fn admin_address(text: &str) -> Result<String, UsageError> {
+pub(crate) fn admin_address(text: &str) -> Result<AdminAddress, UsageError> {
     let wrong = |what: &str| Err(UsageError(format!("--admin {text:?}: {what}")));
-    if text.starts_with("https://") {
-        return wrong("this version of insula speaks no TLS to a host");
-    }
-    let address = text.strip_prefix("http://").unwrap_or(text);
+    let (scheme, address) = match text.strip_prefix("https://") {
+        Some(rest) => (UrlScheme::Https, rest),
+        None => (
+            UrlScheme::Http,
+            text.strip_prefix("http://").unwrap_or(text),
+        ),
+    };
     let address = address.strip_suffix('/').unwrap_or(address);
     let port = address.rsplit_once(':').map(|(_, port)| port);
     let fits = |c: char| c.is_ascii_alphanumeric() || ".-:[]_".contains(c);
     if port.is_none_or(|port| port.parse::<u16>().is_err()) || !address.chars().all(fits) {
         return wrong("write it as HOST:PORT, such as 127.0.0.1:8081");
     }
-    Ok(address.to_owned())
+    Ok(AdminAddress {
+        scheme,
+        authority: address.to_owned(),
+    })
 }
 
 /// Where a token came from, or why there is none; in words for whoever was refused.
@@ -298,11 +314,16 @@ mod tests {
             ("[::1]:8081", "[::1]:8081"),
             ("node-7.example.com:80", "node-7.example.com:80"),
         ] {
-            assert_eq!(admin_address(text).unwrap(), address);
+            let read = admin_address(text).unwrap();
+            assert_eq!(read.authority, address);
+            assert_eq!(read.scheme, UrlScheme::Http);
         }
+        let secure = admin_address("https://x:1").unwrap();
+        assert_eq!(secure.scheme, UrlScheme::Https);
+        assert_eq!(secure.authority, "x:1");
         for bad in [
             "127.0.0.1",
-            "https://x:1",
+            "https://x",
             "x:99999",
             "a b:1",
             "x:1/path",

@@ -6,10 +6,13 @@ use std::time::Duration;
 use bytes::Bytes;
 use http_body_util::{BodyExt, Full, Limited};
 use hyper::body::Incoming;
+use hyper::client::conn::http1::{self, SendRequest};
 use hyper::header::{self, HeaderMap, HeaderValue};
 use hyper::{Method, Request, Response, StatusCode};
 use hyper_util::rt::TokioIo;
+use insula_host::config::UrlScheme;
 use serde_json::Value;
+use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::TcpStream;
 use tokio::task::JoinSet;
 use tokio::time::timeout;
@@ -17,6 +20,7 @@ use tokio::time::timeout;
 use crate::access::{self, TokenSource};
 use crate::args::Connection;
 use crate::output::plain;
+use crate::tls::Tls;
 
 /// To establish a connection.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
@@ -143,6 +147,7 @@ impl Answer {
 #[derive(Debug, Clone)]
 pub(crate) struct Client {
     address: String,
+    tls: Option<Tls>,
     token: Option<String>,
     /// Said when the host rejects the token, or its absence.
     token_source: TokenSource,
@@ -151,7 +156,12 @@ pub(crate) struct Client {
 impl Client {
     /// A client for the host that the flags name, with the token that belongs to it.
     pub(crate) fn new(connection: &Connection) -> anyhow::Result<Self> {
-        let address = access::admin_address(&connection.admin)?;
+        let admin = access::admin_address(&connection.admin)?;
+        let address = admin.authority;
+        let tls = match admin.scheme {
+            UrlScheme::Http => None,
+            UrlScheme::Https => Some(Tls::new(&address, connection.ca_cert.as_deref())?),
+        };
         let (token, token_source) = access::find_token(
             &address,
             connection.token.as_deref(),
@@ -159,6 +169,7 @@ impl Client {
         );
         Ok(Self {
             address,
+            tls,
             token,
             token_source,
         })
@@ -312,14 +323,16 @@ impl Client {
                 ))
             })?
             .map_err(|error| refused(error.to_string()))?;
-        let (mut sender, connection) = hyper::client::conn::http1::handshake(TokioIo::new(tcp))
-            .await
-            .map_err(|error| refused(error.to_string()))?;
         let mut driver = JoinSet::new();
-        driver.spawn(async move {
-            // What goes wrong here is seen by whoever waits for the answer.
-            let _ = connection.await;
-        });
+        let opened = match &self.tls {
+            None => open(tcp, &mut driver).await,
+            Some(tls) => match timeout(CONNECT_TIMEOUT, tls.connect(tcp)).await {
+                Ok(Ok(stream)) => open(stream, &mut driver).await,
+                Ok(Err(error)) => Err(error.to_string()),
+                Err(_) => Err(format!("no TLS within {} s", CONNECT_TIMEOUT.as_secs())),
+            },
+        };
+        let mut sender = opened.map_err(refused)?;
         let mut request = Request::builder()
             .method(method)
             .uri(path)
@@ -350,6 +363,20 @@ impl Client {
             .map_err(|error| broken(format!("no answer: {error}")))?;
         Ok((response, driver))
     }
+}
+
+/// Makes a byte stream one of HTTP, driven by a task.
+async fn open<S>(stream: S, driver: &mut JoinSet<()>) -> Result<SendRequest<Full<Bytes>>, String>
+where
+    S: AsyncRead + AsyncWrite + Send + Unpin + 'static,
+{
+    let opened = http1::handshake(TokioIo::new(stream)).await;
+    let (sender, connection) = opened.map_err(|error| error.to_string())?;
+    driver.spawn(async move {
+        // What goes wrong here is seen by whoever waits for the answer.
+        let _ = connection.await;
+    });
+    Ok(sender)
 }
 
 const JSON: HeaderValue = HeaderValue::from_static("application/json");

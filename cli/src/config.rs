@@ -8,6 +8,7 @@ use std::str::FromStr;
 use std::thread::available_parallelism;
 
 use insula_host::config::{DEFAULT_CEILING, DEFAULT_INSTANCES, HostConfig};
+use insula_host::tls::TlsFiles;
 use insula_types::spec::{RequestLimits, is_host_name};
 use insula_types::{Bytes, Millis};
 use tracing_subscriber::EnvFilter;
@@ -78,6 +79,32 @@ impl Reader {
         })
     }
 
+    /// Where a value was given.
+    fn place(&self, key: &str) -> String {
+        let given = self.given.get(key);
+        given.map_or_else(|| key.to_owned(), |given| given.place.clone())
+    }
+
+    /// A certificate and its key, which need each other.
+    fn certificate(&mut self, certificate: &str, key: &str) -> Option<TlsFiles> {
+        let path = |name: &str| self.given.get(name).map(|given| PathBuf::from(&given.text));
+        match (path(certificate), path(key)) {
+            (None, None) => None,
+            (Some(certificate), Some(key)) => Some(TlsFiles { certificate, key }),
+            (Some(_), None) => {
+                let place = self.place(certificate);
+                self.mistakes.push(format!("{place}: {key} belongs to it"));
+                None
+            }
+            (None, Some(_)) => {
+                let place = self.place(key);
+                self.mistakes
+                    .push(format!("{place}: {certificate} belongs to it"));
+                None
+            }
+        }
+    }
+
     fn read_with<T>(
         &mut self,
         key: &str,
@@ -94,8 +121,10 @@ impl Reader {
     }
 }
 
-const KEYS: [&str; 14] = [
+const KEYS: [&str; 18] = [
     "admin",
+    "admin_tls_cert",
+    "admin_tls_key",
     "data",
     "domain",
     "drain",
@@ -108,6 +137,8 @@ const KEYS: [&str; 14] = [
     "max_request_body",
     "max_timeout",
     "temporary",
+    "tls_cert",
+    "tls_key",
     "workers",
 ];
 
@@ -127,10 +158,14 @@ pub(crate) fn resolve(
     read_flags(&mut reader, args);
 
     let cores = available_parallelism().map_or(1, usize::from);
+    let tls = reader.certificate("tls_cert", "tls_key");
+    let admin_tls = reader.certificate("admin_tls_cert", "admin_tls_key");
     let host = HostConfig {
         data_dir: PathBuf::new(),
         listen: reader.read("listen", socket(DEFAULT_LISTEN)),
         admin: reader.read("admin", socket(DEFAULT_ADMIN)),
+        tls,
+        admin_tls,
         domain: reader.read_with("domain", DEFAULT_DOMAIN.to_owned(), domain),
         workers: reader.read_with("workers", cores, |text| number(text, 1, WORKERS_MAX)),
         ceiling: RequestLimits {
@@ -148,6 +183,14 @@ pub(crate) fn resolve(
         }),
         drain: reader.read("drain", DEFAULT_DRAIN),
     };
+    if !host.admin.ip().is_loopback() && host.admin_tls.is_none() {
+        let place = reader.place("admin");
+        reader.mistakes.push(format!(
+            "{place}: {} is no loopback address, so that the admin API needs a certificate there \
+             (admin_tls_cert and admin_tls_key)",
+            host.admin
+        ));
+    }
     let log = reader.read_with("log", DEFAULT_LOG.to_owned(), |text| {
         EnvFilter::try_new(text)
             .map(|_| text.to_owned())
@@ -216,6 +259,8 @@ fn read_flags(reader: &mut Reader, args: &ServeArgs) {
     let temporary = args.temporary.then(|| true.to_string());
     let flags = [
         ("admin", &args.admin),
+        ("admin_tls_cert", &args.admin_tls_cert),
+        ("admin_tls_key", &args.admin_tls_key),
         ("data", &args.data),
         ("domain", &args.domain),
         ("drain", &args.drain),
@@ -228,6 +273,8 @@ fn read_flags(reader: &mut Reader, args: &ServeArgs) {
         ("max_request_body", &args.max_request_body),
         ("max_timeout", &args.max_timeout),
         ("temporary", &temporary),
+        ("tls_cert", &args.tls_cert),
+        ("tls_key", &args.tls_key),
         ("workers", &args.workers),
     ];
     for (key, value) in flags {
@@ -281,7 +328,7 @@ mod tests {
     fn serve(flags: &[&str]) -> ServeArgs {
         let cli = Cli::parse_from(["insula", "serve"].iter().chain(flags));
         match cli.verb {
-            Verb::Serve(args) => args,
+            Verb::Serve(args) => *args,
             other => panic!("{other:?}"),
         }
     }
@@ -309,6 +356,30 @@ mod tests {
         assert_eq!(settings.host.domain, "apps.example.com");
         assert_eq!(settings.host.ceiling.memory.get(), 32 << 20);
         assert_eq!(settings.data, Data::Temporary);
+    }
+
+    #[test]
+    fn certificates_have_keys_and_the_admin_api_is_not_exposed() {
+        let files = ["--tls-cert", "c.pem", "--admin-tls-cert", "a.pem"];
+        let keys = "tls_key = \"k.pem\"\nadmin_tls_key = \"b.pem\"";
+        let settings = resolved(&files, keys).unwrap();
+        assert_eq!(settings.host.tls.unwrap().key, Path::new("k.pem"));
+        assert_eq!(
+            settings.host.admin_tls.unwrap().certificate,
+            Path::new("a.pem")
+        );
+        let Mistakes(lines) = resolved(&files, "").unwrap_err();
+        assert_eq!(lines.len(), 2, "{lines:?}");
+        for exposed in ["0.0.0.0:8081", "[::]:8081", "192.0.2.1:8081"] {
+            let Mistakes(lines) = resolved(&["--admin", exposed], "").unwrap_err();
+            assert!(lines[0].contains("admin_tls_cert"), "{lines:?}");
+            resolved(
+                &["--admin", exposed, "--admin-tls-cert", "a"],
+                "admin_tls_key = \"b\"",
+            )
+            .unwrap();
+        }
+        resolved(&["--admin", "[::1]:8081"], "").unwrap();
     }
 
     #[test]

@@ -26,6 +26,7 @@ mod output;
 mod project;
 mod resources;
 mod serve;
+mod tls;
 mod top;
 mod up;
 
@@ -77,7 +78,7 @@ fn main() -> ExitCode {
 
 fn run(verb: Verb) -> Result<ExitCode> {
     match verb {
-        Verb::Serve(args) => serve::run(args)?,
+        Verb::Serve(args) => serve::run(&args)?,
         Verb::New(args) => new::run(&args)?,
         Verb::Build(args) => project::run(&args)?,
         Verb::Restore(args) => backup::restore(&args)?,

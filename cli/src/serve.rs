@@ -27,8 +27,8 @@ use crate::args::ServeArgs;
 use crate::config::{Data, Settings, resolve};
 use crate::output::{self, Style};
 
-pub(crate) fn run(args: ServeArgs) -> Result<()> {
-    let settings = settings(&args)?;
+pub(crate) fn run(args: &ServeArgs) -> Result<()> {
+    let settings = settings(args)?;
     start_logging(&settings.log);
     raise_file_limit();
     let mut config = settings.host;
@@ -97,9 +97,9 @@ fn raise_file_limit() {
 /// Read by people, and by `insula up` and tests: a word, then a value.
 fn announce(host: &Host, data_dir: &Path) -> Result<()> {
     output::print(&format!(
-        "ingress http://{}\nadmin   http://{}\ndata    {}\nready\n",
-        host.ingress(),
-        host.admin(),
+        "ingress {}\nadmin   {}\ndata    {}\nready\n",
+        host.ingress_url(),
+        host.admin_url(),
         data_dir.display()
     ))?;
     Ok(())

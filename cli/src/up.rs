@@ -113,6 +113,7 @@ async fn host(args: &UpArgs, started: &mut Option<HostProcess>) -> Result<Client
         admin: args.admin.to_string(),
         token: args.token.clone(),
         data: args.data.clone(),
+        ca_cert: None,
     };
     let client = Client::new(&connection)?;
     if args.admin.port() != 0 && client.answers().await {
@@ -124,6 +125,7 @@ async fn host(args: &UpArgs, started: &mut Option<HostProcess>) -> Result<Client
         admin: host.admin.clone(),
         token: None,
         data: Some(host.data.clone()),
+        ca_cert: None,
     };
     *started = Some(host);
     Client::new(&connection)
@@ -224,6 +226,10 @@ impl HostProcess {
             "INSULA_TEMPORARY",
             "INSULA_CONFIG",
             "INSULA_TOKEN",
+            "INSULA_TLS_CERT",
+            "INSULA_TLS_KEY",
+            "INSULA_ADMIN_TLS_CERT",
+            "INSULA_ADMIN_TLS_KEY",
         ] {
             command.env_remove(name);
         }

@@ -6,6 +6,8 @@ use std::path::PathBuf;
 use insula_types::quantity::{Bytes, Fuel, Millis};
 use insula_types::spec::RequestLimits;
 
+use crate::tls::TlsFiles;
+
 /// What `insula serve` runs with. Made by the CLI from flags, environment and file.
 #[derive(Debug, Clone)]
 pub struct HostConfig {
@@ -15,6 +17,10 @@ pub struct HostConfig {
     pub listen: SocketAddr,
     /// The admin listener; port 0 asks the kernel for one.
     pub admin: SocketAddr,
+    /// The certificate of the ingress listener, which speaks TLS then and nothing else.
+    pub tls: Option<TlsFiles>,
+    /// The certificate of the admin listener; needed where that is not a loopback address.
+    pub admin_tls: Option<TlsFiles>,
     /// Services answer on `<service>.<tenant>.<domain>`.
     pub domain: String,
     /// Worker threads; as many as cores by default.
@@ -27,6 +33,35 @@ pub struct HostConfig {
     pub guest_memory: Option<Bytes>,
     /// How long requests may go on after SIGTERM.
     pub drain: Millis,
+}
+
+/// How URLs begin that lead to a listener.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum UrlScheme {
+    /// Without TLS.
+    Http,
+    /// With it.
+    Https,
+}
+
+impl UrlScheme {
+    /// That of a listener with or without a certificate.
+    #[must_use]
+    pub const fn of<T>(certificate: Option<&T>) -> Self {
+        match certificate {
+            None => Self::Http,
+            Some(_) => Self::Https,
+        }
+    }
+
+    /// The word.
+    #[must_use]
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Http => "http",
+            Self::Https => "https",
+        }
+    }
 }
 
 /// Largest component that is accepted: honest ones made from Python or JavaScript are 10–20 MB.

@@ -44,12 +44,15 @@ use crate::pool::conduct::VersionStats;
 use crate::pool::entries::{ServiceEntry, ServiceStats, TenantEntry};
 use crate::pool::versions::{Active, Versions};
 use crate::pool::worker::{self, Phase, WorkerError};
+use crate::tls::Certificate;
 
 /// What the data plane is started with.
 #[derive(Debug)]
 pub struct DataConfig {
     /// The ingress listener.
     pub listen: SocketAddr,
+    /// What makes it speak TLS.
+    pub certificate: Option<Arc<Certificate>>,
     /// Services answer on `<service>.<tenant>.<domain>`.
     pub domain: String,
     /// Worker threads.
@@ -122,7 +125,12 @@ pub fn start(
     let pool = Pool::new(config.workers, config.instances)?;
     let metrics = DataMetrics::new();
     metrics.set_host_workers(config.workers);
-    let ingress = Ingress::new(Arc::clone(&pool), metrics.clone(), config.workers);
+    let ingress = Ingress::new(
+        Arc::clone(&pool),
+        metrics.clone(),
+        config.workers,
+        config.certificate.clone(),
+    );
     let listeners = worker::listeners(config.listen, config.workers)?;
     let address = listeners
         .first()

@@ -8,6 +8,7 @@
 //! * [`control`]: the admin API
 //! * [`data`]: the data plane, put together
 //! * [`state`]: intent, kept in SQLite and blobs
+//! * [`tls`]: certificates of the listeners
 //! * [`serve`]: both planes, started and drained
 #![deny(unsafe_code)]
 
@@ -20,3 +21,4 @@ pub mod messages;
 pub mod pool;
 pub mod serve;
 pub mod state;
+pub mod tls;

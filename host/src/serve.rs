@@ -8,7 +8,7 @@ use tokio::sync::mpsc;
 
 use insula_types::quantity::Bytes;
 
-use crate::config::HostConfig;
+use crate::config::{HostConfig, UrlScheme};
 use crate::control::machine::Machine;
 use crate::control::{self, Compiler, ControlConfig, ControlPlane, Seal};
 use crate::data::{self, DataConfig, DataPlane};
@@ -17,6 +17,7 @@ use crate::engine::config::WASMTIME_VERSION;
 use crate::messages::{COMMAND_QUEUE, REPORT_QUEUE};
 use crate::state::DataDir;
 use crate::state::dir::DataDirError;
+use crate::tls::{self, Certificate, TlsError, TlsFiles, Use};
 
 /// The file with the key that seals artefacts.
 const KEY_FILE: &str = "artefact.key";
@@ -36,6 +37,12 @@ pub enum StartError {
     /// The control plane.
     #[error(transparent)]
     Control(#[from] control::StartError),
+    /// A certificate.
+    #[error(transparent)]
+    Tls(#[from] TlsError),
+    /// A thread.
+    #[error("cannot start a thread: {0}")]
+    Thread(std::io::Error),
 }
 
 /// A running host. Dropping it is a shutdown without a drain.
@@ -45,6 +52,16 @@ pub struct Host {
     control: ControlPlane,
     data: DataPlane,
     drain: Duration,
+    schemes: Schemes,
+    /// Looks after the certificates.
+    _watch: Option<tls::Watch>,
+}
+
+/// How URLs of the two listeners begin.
+#[derive(Debug, Clone, Copy)]
+struct Schemes {
+    ingress: UrlScheme,
+    admin: UrlScheme,
 }
 
 impl Host {
@@ -62,6 +79,22 @@ impl Host {
     /// # Errors
     /// [`StartError`].
     pub fn start_with(config: HostConfig, compiler: Compiler) -> Result<Self, StartError> {
+        let certificate = |files: Option<TlsFiles>, usage| {
+            files
+                .map(|files| Certificate::open(files, usage))
+                .transpose()
+        };
+        let ingress_certificate = certificate(config.tls, Use::Ingress)?;
+        let admin_certificate = certificate(config.admin_tls, Use::Admin)?;
+        let certificates: Vec<_> = [&ingress_certificate, &admin_certificate]
+            .into_iter()
+            .flatten()
+            .cloned()
+            .collect();
+        let schemes = Schemes {
+            ingress: UrlScheme::of(ingress_certificate.as_ref()),
+            admin: UrlScheme::of(admin_certificate.as_ref()),
+        };
         let directory = DataDir::open(&config.data_dir)?;
         let key = artefact_key(&directory).map_err(StartError::Key)?;
         let seal: Seal = {
@@ -73,6 +106,7 @@ impl Host {
         let data = data::start(
             DataConfig {
                 listen: config.listen,
+                certificate: ingress_certificate,
                 domain: config.domain.clone(),
                 workers: config.workers,
                 ceiling: config.ceiling,
@@ -87,6 +121,8 @@ impl Host {
         let control = control::start(
             ControlConfig {
                 admin: config.admin,
+                certificate: admin_certificate,
+                ingress_scheme: schemes.ingress,
                 domain: config.domain,
                 workers: config.workers,
                 instances: config.instances,
@@ -100,10 +136,13 @@ impl Host {
             commands,
             reports,
         )?;
+        let watch = (!certificates.is_empty()).then(|| tls::Watch::start(certificates));
         Ok(Self {
             control,
             data,
             drain: config.drain.into(),
+            schemes,
+            _watch: watch.transpose().map_err(StartError::Thread)?,
         })
     }
 
@@ -117,6 +156,18 @@ impl Host {
     #[must_use]
     pub const fn admin(&self) -> SocketAddr {
         self.control.admin()
+    }
+
+    /// The URL where services answer.
+    #[must_use]
+    pub fn ingress_url(&self) -> String {
+        format!("{}://{}", self.schemes.ingress.as_str(), self.ingress())
+    }
+
+    /// The URL where the admin API answers.
+    #[must_use]
+    pub fn admin_url(&self) -> String {
+        format!("{}://{}", self.schemes.admin.as_str(), self.admin())
     }
 
     /// Stops in order and blocks until everything is stored and closed:

@@ -423,7 +423,11 @@ impl Process {
         let mut command = Command::new(guests::insula());
         command.arg("serve").arg("--data").arg(root.join(DATA));
         command.env("XDG_RUNTIME_DIR", root.join(RUN));
-        command.args(["--listen", "127.0.0.1:0", "--admin", "127.0.0.1:0"]);
+        for listener in ["--listen", "--admin"] {
+            if !args.iter().any(|given| given == listener) {
+                command.args([listener, "127.0.0.1:0"]);
+            }
+        }
         command.args(args);
         for (name, _) in std::env::vars_os() {
             if name.to_string_lossy().starts_with("INSULA_") {
@@ -495,7 +499,8 @@ fn announced(stdout: ChildStdout) -> Option<(SocketAddr, SocketAddr)> {
         let word = words.next().unwrap_or_default();
         let address = || {
             let url = words.next()?;
-            url.strip_prefix("http://")?.parse::<SocketAddr>().ok()
+            let (_scheme, address) = url.split_once("://")?;
+            address.parse::<SocketAddr>().ok()
         };
         let mut address = address;
         match word {

@@ -51,7 +51,7 @@ struct Fenced {
     homes: &'static [&'static str],
 }
 
-const FENCED: [Fenced; 3] = [
+const FENCED: [Fenced; 4] = [
     Fenced {
         roots: &["wasmtime", "wasmtime_wasi", "wasmtime_wasi_http"],
         homes: &["host/src/engine"],
@@ -63,6 +63,10 @@ const FENCED: [Fenced; 3] = [
     Fenced {
         roots: &["rusqlite"],
         homes: &["host/src/state"],
+    },
+    Fenced {
+        roots: &["rustls", "tokio_rustls", "rustls_native_certs"],
+        homes: &["host/src/tls.rs", "cli/src/tls.rs"],
     },
 ];
 

@@ -24,7 +24,11 @@ pub(crate) struct Tools {
     venv: Found,
 }
 
-const PYTHON_PACKAGES: [&str; 2] = ["componentize-py", "openapi-spec-validator"];
+const PYTHON_PACKAGES: [&str; 3] = [
+    "componentize-py",
+    "openapi-spec-validator",
+    "grafana-foundation-sdk",
+];
 
 impl Tools {
     /// Tells the tests, in their environment: `INSULA_TEST_X` where it is, or
@@ -111,7 +115,7 @@ fn fetch_prometheus(dir: &Path) -> Result<(), String> {
 fn fetch_venv(dir: &Path) -> Found {
     let python = dir.join("bin/python");
     let complete = || {
-        let code = "import componentize_py, openapi_spec_validator";
+        let code = "import componentize_py, openapi_spec_validator, grafana_foundation_sdk";
         answers(Command::new(&python).args(["-c", code]))
     };
     if complete() {

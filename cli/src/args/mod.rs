@@ -34,7 +34,7 @@ pub(crate) struct Cli {
 #[derive(Debug, Subcommand)]
 pub(crate) enum Verb {
     /// Run the host
-    Serve(ServeArgs),
+    Serve(Box<ServeArgs>),
     /// Build a project, start a temporary host unless one answers, deploy, follow the log
     Up(UpArgs),
     /// Make a project that builds and answers
@@ -79,7 +79,7 @@ pub(crate) enum Verb {
 /// How to reach a host.
 #[derive(Debug, Clone, Args)]
 pub(crate) struct Connection {
-    /// The host's admin address
+    /// The host's admin address, with https:// where it speaks TLS
     #[arg(
         long,
         env = "INSULA_ADMIN",
@@ -99,6 +99,14 @@ pub(crate) struct Connection {
     /// The host's data directory, to find its admin token in
     #[arg(long, env = "INSULA_DATA", value_name = "DIR", help_heading = "Host")]
     pub(crate) data: Option<PathBuf>,
+    /// Check the certificate of an https:// address by those in this file, not by the system's
+    #[arg(
+        long,
+        env = "INSULA_CA_CERT",
+        value_name = "FILE",
+        help_heading = "Host"
+    )]
+    pub(crate) ca_cert: Option<PathBuf>,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]

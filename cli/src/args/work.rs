@@ -30,6 +30,18 @@ pub(crate) struct ServeArgs {
     /// Where the admin API answers [default: 127.0.0.1:8081]
     #[arg(long, env = "INSULA_ADMIN", value_name = "ADDRESS")]
     pub(crate) admin: Option<String>,
+    /// The certificate of the services' listener, with its chain, in PEM; read again when it changes
+    #[arg(long, env = "INSULA_TLS_CERT", value_name = "FILE")]
+    pub(crate) tls_cert: Option<String>,
+    /// The private key of that certificate
+    #[arg(long, env = "INSULA_TLS_KEY", value_name = "FILE")]
+    pub(crate) tls_key: Option<String>,
+    /// The certificate of the admin API; without one it listens on loopback addresses only
+    #[arg(long, env = "INSULA_ADMIN_TLS_CERT", value_name = "FILE")]
+    pub(crate) admin_tls_cert: Option<String>,
+    /// The private key of that certificate
+    #[arg(long, env = "INSULA_ADMIN_TLS_KEY", value_name = "FILE")]
+    pub(crate) admin_tls_key: Option<String>,
     /// Services answer on SERVICE.TENANT.DOMAIN [default: localhost]
     #[arg(long, env = "INSULA_DOMAIN")]
     pub(crate) domain: Option<String>,

@@ -83,7 +83,7 @@ pub(super) struct Urls {
 impl Urls {
     pub(super) fn new(control: &Control) -> Self {
         Self {
-            scheme: "http",
+            scheme: control.config.ingress_scheme.as_str(),
             domain: control.config.domain.clone(),
             port: control.ingress.get().map(|ingress| ingress.port()),
         }

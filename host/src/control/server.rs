@@ -14,6 +14,7 @@ use hyper::body::Incoming;
 use hyper::server::conn::http1;
 use hyper::service::service_fn;
 use hyper_util::rt::{TokioIo, TokioTimer};
+use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{Semaphore, oneshot};
 use tokio::task::JoinSet;
@@ -53,7 +54,7 @@ pub(super) async fn serve(
                 let Some((stream, peer, permit)) = accepted else { continue };
                 let control = Rc::clone(&control);
                 connections.spawn_local(async move {
-                    connection(control, stream, peer).await;
+                    welcome(control, stream, peer).await;
                     drop(permit);
                 });
             }
@@ -91,9 +92,22 @@ async fn accept(
     }
 }
 
-async fn connection(control: Rc<Control>, stream: TcpStream, peer: SocketAddr) {
+async fn welcome(control: Rc<Control>, stream: TcpStream, peer: SocketAddr) {
     // Answers are written whole; waiting for more would only delay them.
     let _ = stream.set_nodelay(true);
+    let Some(certificate) = control.config.certificate.clone() else {
+        return connection(control, stream, peer).await;
+    };
+    match certificate.handshake(stream).await {
+        Ok(stream) => connection(control, stream, peer).await,
+        Err(error) => tracing::debug!(%peer, %error, "no TLS"),
+    }
+}
+
+async fn connection<S>(control: Rc<Control>, stream: S, peer: SocketAddr)
+where
+    S: AsyncRead + AsyncWrite + Unpin + 'static,
+{
     let mut stopping = control.stopping.subscribe();
     let service = service_fn(move |request| {
         let control = Rc::clone(&control);

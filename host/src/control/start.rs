@@ -2,6 +2,7 @@
 
 use std::net::SocketAddr;
 use std::rc::Rc;
+use std::sync::Arc;
 use std::thread::JoinHandle;
 use std::time::Duration;
 
@@ -15,15 +16,21 @@ use super::compile::{Compiler, Compilers, Seal};
 use super::link::DataLink;
 use super::machine::Machine;
 use super::{Control, Readiness, STREAMS_MAX, pump, reconcile, server};
+use crate::config::UrlScheme;
 use crate::messages::{Command, FromData};
 use crate::state::sqlite::OpenError;
 use crate::state::{Blobs, DataDir, Health, SqliteStore, Store, Timestamp, Worker};
+use crate::tls::Certificate;
 
 /// What control is started with.
 #[derive(Clone)]
 pub struct ControlConfig {
     /// The admin listener.
     pub admin: SocketAddr,
+    /// What makes it speak TLS; needed where `admin` is not a loopback address.
+    pub certificate: Option<Arc<Certificate>>,
+    /// How URLs of services begin.
+    pub ingress_scheme: UrlScheme,
     /// Services answer on `<service>.<tenant>.<domain>`.
     pub domain: String,
     /// Worker threads of the data plane: what CPU there is to reserve.
@@ -70,6 +77,12 @@ pub enum StartError {
         /// Why not.
         source: std::io::Error,
     },
+    /// Tokens would go over the network for everybody to read.
+    #[error(
+        "the admin API does not listen on {0} without TLS: give it a certificate with \
+         --admin-tls-cert and --admin-tls-key, or a loopback address"
+    )]
+    Exposed(SocketAddr),
     /// The database.
     #[error(transparent)]
     Database(#[from] OpenError),
@@ -224,12 +237,15 @@ async fn open(
     data: &DataDir,
     commands: mpsc::Sender<Command>,
 ) -> Result<(Rc<Control>, TcpListener), StartError> {
+    let address = config.admin;
+    if !address.ip().is_loopback() && config.certificate.is_none() {
+        return Err(StartError::Exposed(address));
+    }
     let health = Health::default();
     let mut store: Box<dyn Store> = Box::new(SqliteStore::open(data, health.clone())?);
     let files = Blobs::open(data, &config.compatibility, health.clone())?;
     let now = Timestamp::now();
     auth::ensure_admin_token(data, store.as_mut(), now)?;
-    let address = config.admin;
     let listen = |source| StartError::Listen { address, source };
     let listener = TcpListener::bind(address).await.map_err(listen)?;
     let admin = listener.local_addr().map_err(listen)?;

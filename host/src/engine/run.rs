@@ -25,6 +25,7 @@ use super::guest::Guest;
 use super::guest_log::LogSink;
 use super::load::Program;
 use super::memory::{MemoryMeter, Refused, TenantMemory};
+use crate::config::UrlScheme;
 
 /// The body of a guest's answer.
 pub type ResponseBody = HyperOutgoingBody;
@@ -84,6 +85,8 @@ pub struct Invocation<B, R> {
     pub program: Program,
     /// The request; its body is read when the guest reads it.
     pub request: http::Request<B>,
+    /// How the client reached the host.
+    pub scheme: UrlScheme,
     /// What it may use.
     pub grant: Grant,
     /// Its tenant's memory.
@@ -139,6 +142,7 @@ where
     let Invocation {
         program,
         request,
+        scheme,
         grant,
         tenant_memory,
         env,
@@ -163,14 +167,9 @@ where
     };
     let result = match armed {
         Ok(()) => {
-            call(
-                &mut metered.store,
-                &program,
-                request,
-                &metered.events,
-                began,
-            )
-            .await
+            let request = (scheme, request);
+            let (store, events) = (&mut metered.store, &metered.events);
+            call(store, &program, request, events, began).await
         }
         Err(error) => Err(error),
     };
@@ -191,7 +190,7 @@ where
 async fn call<B, R>(
     store: &mut Store<Guest>,
     program: &Program,
-    request: http::Request<B>,
+    (scheme, request): (UrlScheme, http::Request<B>),
     events: &Arc<R>,
     began: Instant,
 ) -> Result<(), wasmtime::Error>
@@ -201,7 +200,11 @@ where
     R: RunEvents,
 {
     let mut http = store.data_mut().http();
-    let request = http.new_incoming_request(Scheme::Http, request)?;
+    let scheme = match scheme {
+        UrlScheme::Http => Scheme::Http,
+        UrlScheme::Https => Scheme::Https,
+    };
+    let request = http.new_incoming_request(scheme, request)?;
     let answers = events.clone();
     let out = http.new_response_outparam_from_callback(move |head| {
         answers.head(head.map_err(|code: ErrorCode| format!("{code:?}")));

@@ -17,15 +17,17 @@ use hyper_util::server::conn::auto;
 use insula_metrics::{DataMetrics, ShedReason};
 use insula_scheduler::WorkerId;
 use insula_types::Outcome;
+use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
 use tokio::sync::watch;
 
 use super::guarded_io::{Ended, GuardedIo, Timeouts};
-use super::handle::{Origin, handle};
+use super::handle::{Origin, Transport, handle};
 use super::routes::RouteTable;
 use crate::pool::Pool;
 use crate::pool::worker::Phase;
+use crate::tls::{self, Certificate};
 
 const NO_ADDRESS: HeaderValue = HeaderValue::from_static("unknown");
 
@@ -53,6 +55,8 @@ pub struct Ingress {
     pub(super) routes: ArcSwap<RouteTable>,
     pub(super) pool: Arc<Pool>,
     pub(super) metrics: DataMetrics,
+    /// Speaks TLS where there is one.
+    certificate: Option<Arc<Certificate>>,
     connections: AtomicUsize,
     desks: Box<[Desk]>,
 }
@@ -107,12 +111,18 @@ impl Drop for Place {
 impl Ingress {
     /// An ingress of so many workers, with an empty route table.
     #[must_use]
-    pub fn new(pool: Arc<Pool>, metrics: DataMetrics, workers: usize) -> Arc<Self> {
+    pub fn new(
+        pool: Arc<Pool>,
+        metrics: DataMetrics,
+        workers: usize,
+        certificate: Option<Arc<Certificate>>,
+    ) -> Arc<Self> {
         Arc::new(Self {
             desks: (0..workers).map(|_| Desk::new()).collect(),
             routes: ArcSwap::default(),
             pool,
             metrics,
+            certificate,
             connections: AtomicUsize::new(0),
         })
     }
@@ -157,7 +167,7 @@ impl Ingress {
                 accepted = listener.accept() => accepted,
                 Some(Handed { stream, client, place }) = inbox.recv() => {
                     if let Ok(stream) = TcpStream::from_std(stream) {
-                        self.seat(stream, place, Origin { client, worker }, &phase);
+                        self.seat(stream, place, Origin::tcp(client, worker), &phase);
                     }
                     continue;
                 }
@@ -168,7 +178,8 @@ impl Ingress {
                     let client = client.ip().to_string();
                     // An address is printed in ASCII.
                     let client = HeaderValue::try_from(client).unwrap_or(NO_ADDRESS);
-                    self.welcome(stream, Origin { client, worker }, &phase);
+                    let origin = Origin::tcp(client, worker);
+                    self.welcome(stream, origin, &phase);
                 }
                 Err(error) => {
                     tracing::warn!(%error, "a connection could not be accepted");
@@ -239,17 +250,46 @@ impl Ingress {
         let phase = phase.clone();
         // Ends with its runtime at the latest; counted by its place.
         tokio::task::spawn_local(async move {
-            ingress.serve(stream, origin, phase).await;
+            match ingress.certificate.clone() {
+                None => ingress.serve(stream, origin, phase).await,
+                // Apart, since it is larger and others need not keep room for it.
+                Some(certificate) => {
+                    Box::pin(ingress.serve_tls(certificate, stream, origin, phase)).await;
+                }
+            }
             drop(place);
         });
     }
 
-    async fn serve(
+    async fn serve_tls(
         self: Arc<Self>,
+        certificate: Arc<Certificate>,
         stream: TcpStream,
         origin: Origin,
         mut phase: watch::Receiver<Phase>,
     ) {
+        let secured = tokio::select! {
+            secured = certificate.handshake(stream) => secured,
+            // Nothing was asked for yet.
+            _ = phase.changed() => return,
+        };
+        match secured {
+            Ok(stream) => {
+                let transport = Transport::Tls(tls::server_name(&stream));
+                let origin = Origin {
+                    transport,
+                    ..origin
+                };
+                self.serve(stream, origin, phase).await;
+            }
+            Err(error) => tracing::debug!(%error, client = ?origin.client, "no TLS"),
+        }
+    }
+
+    async fn serve<S>(self: Arc<Self>, stream: S, origin: Origin, mut phase: watch::Receiver<Phase>)
+    where
+        S: AsyncRead + AsyncWrite + Unpin + 'static,
+    {
         let (io, connection) = GuardedIo::new(stream, Timeouts::default());
         let service = service_fn(|request| {
             let (ingress, origin) = (Arc::clone(&self), origin.clone());

@@ -21,6 +21,7 @@ use super::body::{Hold, OutBody, RequestBody};
 use super::headers::{self, INSULA_USAGE};
 use super::problem;
 use super::routes::canonical_host;
+use crate::config::UrlScheme;
 use crate::engine::Program;
 use crate::engine::run::{Grant, Head, Invocation, ResponseBody, run};
 use crate::pool::admission::Shed;
@@ -39,6 +40,40 @@ pub(super) struct Origin {
     /// The client's address, without its port.
     pub(super) client: HeaderValue,
     pub(super) worker: WorkerId,
+    pub(super) transport: Transport,
+}
+
+/// What carries a connection.
+#[derive(Debug, Clone)]
+pub(super) enum Transport {
+    /// TCP.
+    Plain,
+    /// TLS, with the name that the client asked for, if it did.
+    Tls(Option<Arc<str>>),
+}
+
+impl Origin {
+    /// A connection that was just accepted.
+    pub(super) const fn tcp(client: HeaderValue, worker: WorkerId) -> Self {
+        Self {
+            client,
+            worker,
+            transport: Transport::Plain,
+        }
+    }
+
+    const fn scheme(&self) -> UrlScheme {
+        match self.transport {
+            Transport::Plain => UrlScheme::Http,
+            Transport::Tls(_) => UrlScheme::Https,
+        }
+    }
+
+    /// Whether a request is for another host than its connection was made for: its certificate was
+    /// checked for that one (RFC 9110, 7.4).
+    fn is_misdirected(&self, host: &str) -> bool {
+        matches!(&self.transport, Transport::Tls(Some(name)) if **name != *host)
+    }
 }
 
 /// Answers one request, whatever it is.
@@ -66,6 +101,13 @@ pub(super) async fn handle(
             return own(refusal);
         }
     };
+    if origin.is_misdirected(&host) {
+        let nobody = ingress.metrics.unrouted();
+        nobody.request_ended(Outcome::BadRequest);
+        let (status, outcome) = (StatusCode::MISDIRECTED_REQUEST, Outcome::BadRequest);
+        let message = "The connection was made for another host";
+        return own(problem::detailed(status, outcome, message, request_id));
+    }
     let routes = ingress.routes.load();
     let Some(found) = routes.find(&host, request.uri().path()) else {
         ingress.metrics.unrouted().request_ended(Outcome::NotFound);
@@ -95,6 +137,7 @@ pub(super) async fn handle(
         .bytes_in
         .store(headers::head_bytes(request.headers()), Ordering::Relaxed);
     let request = for_guest(request, &exchange, &origin, &host);
+    let request = (origin.scheme(), request);
     let work = Box::pin(work(active.program.clone(), Arc::clone(&exchange), request));
     let submitted = Arc::clone(&exchange);
     let key = ingress
@@ -204,7 +247,7 @@ fn for_guest(
         &mut parts.headers,
         exchange.request_id,
         &origin.client,
-        &host,
+        (origin.scheme(), &host),
     );
     if parts.uri.authority().is_none() {
         // What wasi:http calls the authority; HTTP/2 has it in the target already.
@@ -214,12 +257,17 @@ fn for_guest(
 }
 
 /// The guest's part: what the pool polls.
-async fn work(program: Program, exchange: Arc<Exchange>, request: Request<RequestBody>) {
+async fn work(
+    program: Program,
+    exchange: Arc<Exchange>,
+    (scheme, request): (UrlScheme, Request<RequestBody>),
+) {
     exchange.starting();
     let service = &exchange.service;
     run(Invocation {
         program,
         request,
+        scheme,
         grant: Grant {
             fuel: service.limits.fuel,
             memory: service.limits.memory,

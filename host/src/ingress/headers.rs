@@ -2,6 +2,7 @@
 
 use http::header::{CONNECTION, HeaderMap, HeaderName, HeaderValue};
 
+use crate::config::UrlScheme;
 use crate::pool::request_id::{RequestId, new_traceparent};
 
 /// Names that belong to one hop (RFC 9110, 7.6.1), in both directions.
@@ -47,13 +48,13 @@ pub(super) fn prepare_request(
     headers: &mut HeaderMap,
     request_id: RequestId,
     client: &HeaderValue,
-    host: &HeaderValue,
+    (scheme, host): (UrlScheme, &HeaderValue),
 ) {
     strip_hop_by_hop(headers);
     headers.remove(http::header::FORWARDED);
     headers.insert(X_REQUEST_ID, request_id.header());
     headers.insert(FORWARDED_FOR, client.clone());
-    headers.insert(FORWARDED_PROTO, HeaderValue::from_static("http"));
+    headers.insert(FORWARDED_PROTO, HeaderValue::from_static(scheme.as_str()));
     headers.insert(FORWARDED_HOST, host.clone());
     if !headers.get(TRACEPARENT).is_some_and(is_traceparent) {
         headers.insert(TRACEPARENT, new_traceparent());
@@ -118,9 +119,10 @@ mod tests {
         let id = RequestId::new();
         let client = HeaderValue::from_static("127.0.0.1");
         let host = HeaderValue::from_static("a.b.localhost");
-        prepare_request(&mut headers, id, &client, &host);
+        prepare_request(&mut headers, id, &client, (UrlScheme::Https, &host));
         assert_eq!(headers["x-forwarded-for"], "127.0.0.1");
         assert_eq!(headers["x-forwarded-host"], "a.b.localhost");
+        assert_eq!(headers["x-forwarded-proto"], "https");
         assert_eq!(headers["x-request-id"], id.as_str());
         assert_eq!(headers["accept"], "*/*");
         for gone in ["forwarded", "connection", "x-secret", "te"] {

@@ -124,6 +124,8 @@ impl Rig {
         let counting = Arc::clone(&compiled);
         let config = ControlConfig {
             admin: SocketAddr::from(([127, 0, 0, 1], 0)),
+            certificate: None,
+            ingress_scheme: crate::config::UrlScheme::Http,
             domain: "localhost".to_owned(),
             workers: 2,
             instances: 10,
