@@ -114,6 +114,8 @@ impl Model {
         let mut samples = BTreeMap::new();
         let mut put = |series: String, value: f64| samples.insert(series, value);
         put("insula_host_cpu_seconds_total".into(), 0.0);
+        put("insula_host_guest_memory_budget_bytes".into(), 0.0);
+        put("insula_host_guest_memory_bytes".into(), 0.0);
         put("insula_host_workers".into(), 0.0);
         for (t, tenant) in &self.tenants {
             let wasm = |family: &str| format!(r#"insula_{family}{{tenant="t{t}",kind="wasm"}}"#);
@@ -277,7 +279,7 @@ fn families_are_sorted_and_all_there() {
         .map(|line| line.split_once(' ').unwrap().0)
         .collect();
     assert!(families.is_sorted(), "{families:?}");
-    assert_eq!(families.len(), 16, "{families:?}");
+    assert_eq!(families.len(), 18, "{families:?}");
     let helps = page
         .lines()
         .filter(|line| line.starts_with("# HELP "))

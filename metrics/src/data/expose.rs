@@ -72,10 +72,10 @@ impl DataMetrics {
             |series| series.counter(&[], seconds(self.inner.host_cpu_ns.get())),
         );
         page.family(
-            "insula_host_workers",
+            "insula_host_guest_memory_budget_bytes",
             Type::Gauge,
-            "Worker threads that serve guests.",
-            |series| series.gauge(&[], number(self.inner.host_workers.load(Relaxed))),
+            "Memory that all guests together may use; above seven eighths of it by shares.",
+            |series| series.gauge(&[], number(self.inner.guest_memory_budget.load(Relaxed))),
         );
         page.family(
             "insula_host_guest_memory_bytes",
@@ -84,10 +84,10 @@ impl DataMetrics {
             |series| series.gauge(&[], number(self.inner.guest_memory.load(Relaxed))),
         );
         page.family(
-            "insula_host_guest_memory_budget_bytes",
+            "insula_host_workers",
             Type::Gauge,
-            "Memory that all guests together may use; above seven eighths of it by shares.",
-            |series| series.gauge(&[], number(self.inner.guest_memory_budget.load(Relaxed))),
+            "Worker threads that serve guests.",
+            |series| series.gauge(&[], number(self.inner.host_workers.load(Relaxed))),
         );
     }
 
