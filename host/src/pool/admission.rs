@@ -207,6 +207,13 @@ impl House {
         !pressed || tenant.running < self.part(tenant)
     }
 
+    /// To be called before a request counts as one of the tenant's.
+    fn joins(&mut self, tenant: &Tenant) {
+        if tenant.jobs() == 0 {
+            self.active_shares += tenant.shares();
+        }
+    }
+
     /// To be called when a request has left a tenant.
     fn left(&mut self, tenant: &Tenant) {
         if tenant.jobs() == 0 {
@@ -483,12 +490,10 @@ impl Admission {
             tenant.check_queue(at, deadline)?;
         }
         tenant.check_rate(at)?;
-        if tenant.jobs() == 0 {
-            self.house.active_shares += tenant.shares();
-        }
         if !runs {
             return Ok(Arrival::Waits);
         }
+        self.house.joins(tenant);
         tenant.placed(at);
         self.house.taken += 1;
         Ok(Arrival::Runs)
@@ -499,6 +504,7 @@ impl Admission {
         let Some(tenant) = self.tenants.get_mut(&id) else {
             return;
         };
+        self.house.joins(tenant);
         tenant.waiting.push_back(Waiter { key, since: at });
         tenant.standing.get_or_insert(at);
         self.waiting += 1;

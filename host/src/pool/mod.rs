@@ -5,7 +5,7 @@
 //!                                     │
 //!                                 admission ─▶ waits, or is refused
 //!                                     │
-//!                                     └──────────────▶ ┌──────────────┐
+//!                                     └─────────────▶ ┌──────────────┐
 //!                                                     │  run queue   │  one for the host,
 //!  wake (input arrived, timer) ── enqueue ──────────▶ │ (scheduler)  │  under one lock
 //!                                                     └──────┬───────┘

@@ -12,6 +12,7 @@ use super::jobs::{Job, JobKey, Jobs};
 pub(super) fn key_of(tenant: TenantId) -> sched::TenantId {
     sched::TenantId::new(tenant.get())
 }
+
 /// See the module's documentation.
 pub(super) struct RunQueue {
     pub(super) sched: Scheduler,

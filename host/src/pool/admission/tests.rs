@@ -253,6 +253,28 @@ fn who_gives_up_is_told_whose_doing_it_was() {
 }
 
 #[test]
+fn two_that_come_at_once_count_their_tenants_shares_once() {
+    let mut desk = Admission::new(1, 2_000);
+    for id in [ONE, TWO] {
+        desk.set(id, &spec(10, 10));
+    }
+    assert_eq!(ask(&mut desk, TWO, 0, MS), Ok(Arrival::Runs));
+    let before = desk.house.active_shares;
+    // Two workers ask before either of them has put its request into the queue.
+    for _ in 0..2 {
+        assert_eq!(desk.arrive(ONE, MS, NEVER), Ok(Arrival::Waits));
+    }
+    for number in [1, 2] {
+        desk.wait(ONE, key(number), MS);
+    }
+    assert_eq!(desk.house.active_shares, 2 * before);
+    for number in [1, 2] {
+        desk.give_up(ONE, key(number));
+    }
+    assert_eq!(desk.house.active_shares, before);
+}
+
+#[test]
 fn a_tenant_that_leaves_is_forgotten_with_its_last_request() {
     let mut desk = desk(1, 10);
     assert_eq!(ask(&mut desk, ONE, 0, MS), Ok(Arrival::Runs));
