@@ -17,7 +17,6 @@
 //! 4. [`DataPlane`] joins all threads when it is dropped.
 
 use std::collections::HashMap;
-use std::io::Read;
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::thread::JoinHandle;
@@ -25,13 +24,11 @@ use std::time::{Duration, Instant};
 
 use insula_metrics::{DataMetrics, Kind};
 use insula_types::spec::{RequestLimits, Route, TenantSpec};
-use insula_types::{Digest, ServiceId, TenantId, TenantName, VersionNumber};
+use insula_types::{Digest, ServiceId, ServiceName, TenantId, TenantName, VersionNumber};
 use tokio::sync::{mpsc, watch};
 
 use crate::engine::artefact::ArtefactKey;
-use crate::engine::{
-    Engine, EngineError, EngineLimits, HostMemory, Program, TenantMemory, compatibility,
-};
+use crate::engine::{Engine, EngineError, EngineLimits, HostMemory, Program, TenantMemory, Vault};
 use crate::ingress::Ingress;
 use crate::ingress::logs::{LogHub, ServiceLog};
 use crate::ingress::routes::RouteTable;
@@ -63,6 +60,8 @@ pub struct DataConfig {
     pub instances: u32,
     /// What all guests together may use.
     pub guest_memory: insula_types::Bytes,
+    /// How long code stays that nobody asks.
+    pub code_idle: Duration,
     /// The key that artefacts are sealed with.
     pub artefact_key: ArtefactKey,
 }
@@ -156,12 +155,10 @@ pub fn start(
         .enable_time()
         .build()
         .map_err(StartError::Thread)?;
-    let compat = compatibility();
     let desk = Desk {
         memory: Arc::new(HostMemory::new(config.guest_memory)),
+        vault: Vault::new(engine, config.artefact_key.clone()),
         config,
-        engine,
-        compat,
         pool,
         ingress,
         metrics,
@@ -193,8 +190,7 @@ struct Service {
 /// The state of the command thread.
 struct Desk {
     config: DataConfig,
-    engine: Engine,
-    compat: String,
+    vault: Arc<Vault>,
     pool: Arc<Pool>,
     ingress: Arc<Ingress>,
     metrics: DataMetrics,
@@ -422,19 +418,21 @@ impl Desk {
         stats: Arc<VersionStats>,
     ) -> Result<Active, Refusal> {
         let digest = version.digest;
-        let program = match (self.programs.get(&digest), version.artefact) {
+        let known = self
+            .programs
+            .get(&digest)
+            .filter(|known| !known.is_broken());
+        let program = match (known, version.artefact) {
             (Some(program), _) => program.clone(),
             (None, None) => return Err(Refusal::ArtefactMissing(digest)),
-            (None, Some(mut file)) => {
-                let refused = |reason: String| Refusal::ArtefactRefused { digest, reason };
-                let mut sealed = Vec::new();
-                file.read_to_end(&mut sealed)
-                    .map_err(|error| refused(error.to_string()))?;
-                let key = &self.config.artefact_key;
-                let program = self
-                    .engine
-                    .load(key, &digest, &self.compat, &sealed)
-                    .map_err(|error| refused(error.to_string()))?;
+            (None, Some(artefact)) => {
+                // At the start there may be ten thousand, of which few are asked soon.
+                let keep = *self.phase.borrow() != Phase::Starting;
+                let opened = self.vault.open(digest, artefact, keep);
+                let program = opened.map_err(|error| Refusal::ArtefactRefused {
+                    digest,
+                    reason: error.to_string(),
+                })?;
                 self.programs.insert(digest, program.clone());
                 program
             }
@@ -478,8 +476,35 @@ impl Desk {
         Collected {
             usage,
             versions,
+            broken: self.look_after_programs(),
             metrics: self.metrics.expose(),
         }
+    }
+
+    /// Lets go of code that nobody asked for; names the services whose artefact does not load.
+    fn look_after_programs(&mut self) -> Vec<(TenantName, ServiceName)> {
+        let now = Instant::now();
+        let mut broken = Vec::new();
+        self.programs.retain(|digest, program| {
+            program.cool(now, self.config.code_idle);
+            if program.is_broken() {
+                broken.push(*digest);
+            }
+            !program.is_broken()
+        });
+        if broken.is_empty() {
+            return Vec::new();
+        }
+        let services = self.services.values().map(|service| &service.entry);
+        services
+            .filter(|entry| {
+                entry
+                    .versions
+                    .ready()
+                    .any(|version| broken.contains(&version.digest))
+            })
+            .map(|entry| (entry.tenant.name.clone(), entry.name.clone()))
+            .collect()
     }
 
     async fn drain(&self, deadline: Duration) {

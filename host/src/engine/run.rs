@@ -23,8 +23,9 @@ use wasmtime_wasi_http::p2::body::HyperOutgoingBody;
 use super::config::caps;
 use super::guest::Guest;
 use super::guest_log::LogSink;
-use super::load::Program;
+use super::load::Code;
 use super::memory::{MemoryMeter, Refused, TenantMemory};
+use super::program::Program;
 use crate::config::UrlScheme;
 
 /// The body of a guest's answer.
@@ -149,10 +150,20 @@ where
         events,
     } = invocation;
     let began = Instant::now();
+    let code = match program.code(began).await {
+        Ok(code) => code,
+        Err(error) => {
+            events.ended(&Verdict {
+                outcome: Outcome::HostError,
+                detail: Some(format!("the compiled code cannot be loaded: {error}")),
+            });
+            return;
+        }
+    };
     let memory = MemoryMeter::new(tenant_memory, grant.memory, began);
     let fuel = grant.fuel.get();
     let guest = Guest::new(memory, fuel, env, events.clone());
-    let mut store = Store::new(program.pre.engine(), guest);
+    let mut store = Store::new(code.pre.engine(), guest);
     store.limiter(|guest| &mut guest.memory);
     store.set_max_component_handles(caps::HANDLES);
     store.set_hostcall_fuel(caps::HOST_CALL_BYTES);
@@ -169,7 +180,7 @@ where
         Ok(()) => {
             let request = (scheme, request);
             let (store, events) = (&mut metered.store, &metered.events);
-            call(store, &program, request, events, began).await
+            call(store, &code, request, events, began).await
         }
         Err(error) => Err(error),
     };
@@ -189,7 +200,7 @@ where
 /// Instantiates and calls the handler.
 async fn call<B, R>(
     store: &mut Store<Guest>,
-    program: &Program,
+    code: &Code,
     (scheme, request): (UrlScheme, http::Request<B>),
     events: &Arc<R>,
     began: Instant,
@@ -209,7 +220,7 @@ where
     let out = http.new_response_outparam_from_callback(move |head| {
         answers.head(head.map_err(|code: ErrorCode| format!("{code:?}")));
     })?;
-    let proxy = program.pre.instantiate_async(&mut *store).await?;
+    let proxy = code.pre.instantiate_async(&mut *store).await?;
     events.started(began.elapsed());
     proxy
         .wasi_http_incoming_handler()

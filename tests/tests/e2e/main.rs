@@ -4,6 +4,7 @@
 mod admin;
 mod bad_bytes;
 mod cli;
+mod cold;
 mod curl;
 mod durable;
 mod fuel;
