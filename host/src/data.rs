@@ -23,12 +23,14 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use insula_metrics::{DataMetrics, Kind};
-use insula_types::spec::{RequestLimits, Route, TenantSpec};
+use insula_types::spec::{RequestLimits, Reuse, Route, TenantSpec};
 use insula_types::{Digest, ServiceId, ServiceName, TenantId, TenantName, VersionNumber};
 use tokio::sync::{mpsc, watch};
 
 use crate::engine::artefact::ArtefactKey;
-use crate::engine::{Engine, EngineError, EngineLimits, HostMemory, Program, TenantMemory, Vault};
+use crate::engine::{
+    Engine, EngineError, EngineLimits, HostMemory, Program, Room, Shelf, TenantMemory, Vault,
+};
 use crate::ingress::Ingress;
 use crate::ingress::logs::{LogHub, ServiceLog};
 use crate::ingress::routes::RouteTable;
@@ -117,8 +119,10 @@ pub fn start(
     commands: mpsc::Receiver<Command>,
     reports: mpsc::Sender<FromData>,
 ) -> Result<DataPlane, StartError> {
+    // Instances that wait for another request take no places of those that run.
+    let waiting = config.instances / WAITING_PART;
     let engine = Engine::pooled(EngineLimits {
-        instances: config.instances,
+        instances: config.instances + waiting,
         memory: config.ceiling.memory,
     })?;
     let pool = Pool::new(config.workers, config.instances)?;
@@ -158,6 +162,7 @@ pub fn start(
     let desk = Desk {
         memory: Arc::new(HostMemory::new(config.guest_memory)),
         vault: Vault::new(engine, config.artefact_key.clone()),
+        room: Room::new(waiting),
         config,
         pool,
         ingress,
@@ -191,6 +196,7 @@ struct Service {
 struct Desk {
     config: DataConfig,
     vault: Arc<Vault>,
+    room: Arc<Room>,
     pool: Arc<Pool>,
     ingress: Arc<Ingress>,
     metrics: DataMetrics,
@@ -201,6 +207,9 @@ struct Desk {
     programs: HashMap<Digest, Program>,
     phase: watch::Sender<Phase>,
 }
+
+/// Of so many instances that may run, one more may wait to be used again.
+const WAITING_PART: u32 = 4;
 
 /// Commands applied before the route table is published.
 const COMMANDS_AT_ONCE: usize = 256;
@@ -367,7 +376,7 @@ impl Desk {
         for version in intent.versions {
             let number = version.number;
             let stats = self.conduct(intent.id, number);
-            match self.load(version, stats) {
+            match self.load(version, stats, intent.spec.reuse) {
                 Ok(version) => ready.push((number, version)),
                 // Nobody but its author, by its preview name, would have met it.
                 Err(refusal) if intent.traffic.share(number).unwrap_or(0) == 0 => {
@@ -416,6 +425,7 @@ impl Desk {
         &mut self,
         version: IntendedVersion,
         stats: Arc<VersionStats>,
+        reuse: Option<Reuse>,
     ) -> Result<Active, Refusal> {
         let digest = version.digest;
         let known = self
@@ -437,10 +447,13 @@ impl Desk {
                 program
             }
         };
+        // Never shared: it goes with this state of this version of this service.
+        let shelf = reuse.map(|reuse| Arc::new(Shelf::new(reuse, Arc::clone(&self.room))));
         Ok(Active {
             number: version.number,
             digest,
             program,
+            shelf,
             stats,
         })
     }
@@ -466,7 +479,13 @@ impl Desk {
         self.metrics.raise_host_cpu_ns_to(self.pool.host_cpu_ns());
         let mut usage = Vec::new();
         let mut versions = Vec::new();
+        let now = Instant::now();
         for service in self.services.values() {
+            for version in service.entry.versions.ready() {
+                if let Some(shelf) = &version.shelf {
+                    shelf.sweep(now);
+                }
+            }
             // Who used nothing ended nothing.
             if let Some(used) = service.entry.take_usage() {
                 usage.push(used);

@@ -18,6 +18,7 @@ mod operations;
 mod overload;
 mod prometheus;
 mod python;
+mod reuse;
 mod roles;
 mod samples;
 mod streaming;
