@@ -208,7 +208,11 @@ async fn run(
     let mut background = JoinSet::new();
     background.spawn_local(pump::pump(Rc::clone(&control), reports));
     let reconciled = reconcile::reconcile(&control).await;
-    reconciled.map_err(|problem| StartError::Reconcile(problem.detail().to_owned()))?;
+    reconciled.map_err(|problem| {
+        control.readiness.set(Readiness::Stopping);
+        StartError::Reconcile(problem.detail().to_owned())
+    })?;
+    control.link.started();
     background.spawn_local(pump::tick(Rc::clone(&control)));
     tracing::info!(admin = %control.admin, "the admin API is ready");
     // The starter waits for this.
