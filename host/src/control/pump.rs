@@ -82,6 +82,10 @@ pub(super) async fn tick(control: Rc<Control>) {
             control.events.host_because("host.state_stopped", reason);
             told = true;
         }
+        if !control.untold.borrow().is_empty() {
+            let background = Rc::clone(&control);
+            control.spawn(async move { deploy::tell_again(&background).await });
+        }
         ticks = ticks.wrapping_add(1);
         if ticks.is_multiple_of(CHECKPOINT_EVERY)
             && !told

@@ -271,6 +271,7 @@ async fn open(
         events: Default::default(),
         failures: Default::default(),
         in_progress: Default::default(),
+        untold: Default::default(),
         mutation: Mutex::new(()),
         readiness: std::cell::Cell::new(Readiness::Reconciling),
         streams: Semaphore::new(STREAMS_MAX),
