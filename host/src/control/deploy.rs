@@ -357,14 +357,53 @@ impl From<ApplyError> for Problem {
     fn from(error: ApplyError) -> Self {
         match error {
             ApplyError::Link(error) => error.into(),
-            ApplyError::Files(problem) => problem,
+            ApplyError::Files(problem) => {
+                let detail = problem.detail();
+                tracing::error!(detail, "an artefact cannot be opened");
+                let detail =
+                    format_args!("{detail}; what is stored takes effect when that is over");
+                Problem::new(Code::DataUnavailable, detail).retry_after(1)
+            }
+        }
+    }
+}
+
+/// Tells data about a service. Where that takes a file that cannot be opened now, it is tried again
+/// every second: what is stored, and acknowledged or not, must not stay unserved until a restart.
+pub(crate) async fn apply_service(control: &Control, service: &Service) -> Result<(), ApplyError> {
+    let told = tell_service(control, service).await;
+    let mut untold = control.untold.borrow_mut();
+    if matches!(told, Err(ApplyError::Files(_))) {
+        untold.insert(service.id);
+    } else {
+        untold.remove(&service.id);
+    }
+    told
+}
+
+/// Tells data of what it could not be told before. Not while a change is made: there is a next time.
+pub(crate) async fn tell_again(control: &Control) {
+    let Ok(_mutation) = control.mutation.try_lock() else {
+        return;
+    };
+    let untold: Vec<ServiceId> = control.untold.borrow().iter().copied().collect();
+    for id in untold {
+        match control.store(move |store| store.service_by_id(id)).await {
+            Ok(service) => match apply_service(control, &service).await {
+                Ok(()) => tracing::info!(service = %id, "data knows of it now"),
+                Err(error) => tracing::warn!(service = %id, %error, "data does not know of it yet"),
+            },
+            Err(problem) if problem.code() == Code::NotFound => {
+                control.untold.borrow_mut().remove(&id);
+            }
+            Err(problem) => tracing::warn!(problem = problem.detail(), "a service was not read"),
         }
     }
 }
 
 /// Tells data about a service, with the artefacts of the versions that it keeps ready. An artefact
 /// that is missing matters where its version has a share.
-pub(crate) async fn apply_service(control: &Control, service: &Service) -> Result<(), ApplyError> {
+async fn tell_service(control: &Control, service: &Service) -> Result<(), ApplyError> {
     let held = service.held.clone();
     let opened = control.files.run(move |files| {
         let open = |held: &Held| files.find(Kind::Artefact, &held.digest);

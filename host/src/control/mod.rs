@@ -104,6 +104,8 @@ pub(crate) struct Control {
     pub(crate) events: events::Events,
     pub(crate) failures: auth::FailureLimit,
     pub(crate) in_progress: idempotency::InProgress,
+    /// Services of which data does not know what is stored, for want of a file.
+    pub(crate) untold: RefCell<std::collections::HashSet<insula_types::ServiceId>>,
     /// Held from the commit of a change until data has applied it.
     pub(crate) mutation: Mutex<()>,
     pub(crate) readiness: Cell<Readiness>,

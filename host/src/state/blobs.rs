@@ -190,11 +190,14 @@ impl Blobs {
         }
     }
 
-    /// Removes the component and artefact of a digest that nothing refers to.
+    /// Removes the component and artefact of a digest that nothing refers to. Not after the state
+    /// was stopped: a transaction whose commit failed then may be there after a restart, and refer
+    /// to them.
     ///
     /// # Errors
     /// Those of the file system.
     pub fn remove(&self, digest: &Digest) -> io::Result<()> {
+        self.health.check().map_err(io::Error::other)?;
         for kind in [Kind::Component, Kind::Artefact] {
             let (directory, name) = self.place_of(kind, digest)?;
             match directory.remove_file(&name) {
@@ -207,11 +210,12 @@ impl Blobs {
     }
 
     /// Removes every file that is not of `referenced`, and artefacts made for another engine or
-    /// CPU. Answers how many went.
+    /// CPU. Answers how many went. Not after the state was stopped, as [`Blobs::remove`].
     ///
     /// # Errors
     /// Those of the file system.
     pub fn collect_garbage(&self, referenced: &HashSet<Digest>) -> io::Result<usize> {
+        self.health.check().map_err(io::Error::other)?;
         let mut removed = 0;
         let kept = |hex: &str| {
             format!("sha256:{hex}")
@@ -294,6 +298,19 @@ mod tests {
                 .join(&hex)
                 .is_file()
         );
+    }
+
+    #[test]
+    fn nothing_is_removed_after_the_state_was_stopped() {
+        let path = tempfile::tempdir().unwrap();
+        let data = DataDir::open(path.path()).unwrap();
+        let health = Health::default();
+        let mut blobs = Blobs::open(&data, "c0ffee", health.clone()).unwrap();
+        let digest = put(&mut blobs, Kind::Component, b"in a commit that failed");
+        health.stop("fsync");
+        assert!(blobs.remove(&digest).is_err());
+        assert!(blobs.collect_garbage(&HashSet::new()).is_err());
+        assert!(blobs.find(Kind::Component, &digest).unwrap().is_some());
     }
 
     #[test]
