@@ -8,6 +8,7 @@ use std::str::FromStr;
 use std::thread::available_parallelism;
 
 use insula_host::config::{DEFAULT_CEILING, DEFAULT_INSTANCES, HostConfig};
+use insula_host::outbound::Network;
 use insula_host::tls::TlsFiles;
 use insula_types::spec::{RequestLimits, is_host_name};
 use insula_types::{Bytes, Millis};
@@ -121,7 +122,7 @@ impl Reader {
     }
 }
 
-const KEYS: [&str; 18] = [
+const KEYS: [&str; 19] = [
     "admin",
     "admin_tls_cert",
     "admin_tls_key",
@@ -136,6 +137,7 @@ const KEYS: [&str; 18] = [
     "max_memory",
     "max_request_body",
     "max_timeout",
+    "outbound_networks",
     "temporary",
     "tls_cert",
     "tls_key",
@@ -181,6 +183,7 @@ pub(crate) fn resolve(
             let bytes = text.parse::<Bytes>();
             bytes.map(Some).map_err(|error| error.to_string())
         }),
+        outbound_networks: reader.read_with("outbound_networks", Vec::new(), networks),
         drain: reader.read("drain", DEFAULT_DRAIN),
     };
     if !host.admin.ip().is_loopback() && host.admin_tls.is_none() {
@@ -272,6 +275,7 @@ fn read_flags(reader: &mut Reader, args: &ServeArgs) {
         ("max_memory", &args.max_memory),
         ("max_request_body", &args.max_request_body),
         ("max_timeout", &args.max_timeout),
+        ("outbound_networks", &args.outbound_networks),
         ("temporary", &temporary),
         ("tls_cert", &args.tls_cert),
         ("tls_key", &args.tls_key),
@@ -306,6 +310,16 @@ fn domain(text: &str) -> Result<String, String> {
     } else {
         Err(format!("{text:?} is not a domain name"))
     }
+}
+
+/// Networks with commas between them.
+fn networks(text: &str) -> Result<Vec<Network>, String> {
+    let names = text
+        .split(',')
+        .map(str::trim)
+        .filter(|name| !name.is_empty());
+    let networks = names.map(|name| name.parse::<Network>().map_err(|error| error.to_string()));
+    networks.collect()
 }
 
 fn number<T>(text: &str, min: T, max: T) -> Result<T, String>
@@ -380,6 +394,18 @@ mod tests {
             .unwrap();
         }
         resolved(&["--admin", "[::1]:8081"], "").unwrap();
+    }
+
+    #[test]
+    fn networks_are_opened_by_name() {
+        let settings = resolved(&["--outbound-networks", "10.1.0.0/16, fd00::/8"], "").unwrap();
+        let opened = settings.host.outbound_networks;
+        let opened: Vec<String> = opened.iter().map(ToString::to_string).collect();
+        assert_eq!(opened, ["10.1.0.0/16", "fd00::/8"]);
+        assert!(resolved(&[], "").unwrap().host.outbound_networks.is_empty());
+        let file = "outbound_networks = \"10.1.0.0/8\"";
+        let Mistakes(lines) = resolved(&[], file).unwrap_err();
+        assert!(lines[0].contains("10.0.0.0/8"), "{lines:?}");
     }
 
     #[test]

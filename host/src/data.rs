@@ -38,6 +38,7 @@ use crate::ingress::routes::RouteTable;
 use crate::messages::{
     Collected, Command, FromData, IntendedVersion, Refusal, ServiceIntent, ToData,
 };
+use crate::outbound::{AddressPolicy, Network, Outbound};
 use crate::pool::Pool;
 use crate::pool::clock::process_cpu_ns;
 use crate::pool::conduct::VersionStats;
@@ -63,6 +64,8 @@ pub struct DataConfig {
     pub instances: u32,
     /// What all guests together may use.
     pub guest_memory: insula_types::Bytes,
+    /// Networks beside the Internet that guests may reach, where their services' lists do.
+    pub outbound_networks: Vec<Network>,
     /// The key that artefacts are sealed with.
     pub artefact_key: ArtefactKey,
 }
@@ -159,6 +162,7 @@ pub fn start(
     let compat = compatibility();
     let desk = Desk {
         memory: Arc::new(HostMemory::new(config.guest_memory)),
+        outbound: Outbound::new(AddressPolicy::new(config.outbound_networks.clone())),
         config,
         engine,
         compat,
@@ -199,6 +203,7 @@ struct Desk {
     ingress: Arc<Ingress>,
     metrics: DataMetrics,
     memory: Arc<HostMemory>,
+    outbound: Arc<Outbound>,
     logs: Arc<LogHub>,
     tenants: HashMap<TenantId, Tenant>,
     services: HashMap<ServiceId, Service>,
@@ -331,12 +336,15 @@ impl Desk {
     ) -> Result<(), Refusal> {
         self.pool.set_tenant(id, spec).map_err(Refusal::Envelope)?;
         let (metrics, host_memory) = (&self.metrics, &self.memory);
+        let offload = self.pool.offload();
         let tenant = self.tenants.entry(id).or_insert_with(|| Tenant {
             entry: Arc::new(TenantEntry {
                 id,
                 metrics: metrics.tenant(&name),
                 name,
                 memory: Arc::new(TenantMemory::new(Arc::clone(host_memory))),
+                offload,
+                places: Outbound::tenant_places(),
             }),
             waited: Default::default(),
         });
@@ -395,6 +403,8 @@ impl Desk {
             tenant,
             limits: intent.spec.limits.min(self.config.ceiling),
             env: intent.spec.env.into_iter().collect(),
+            outbound: Arc::clone(&self.outbound),
+            outbound_rules: intent.spec.outbound.into(),
             usage_header: intent.spec.usage_header,
             versions: Versions::new(ready, &intent.traffic),
             // A sticky header's name is a token by its type, which is all that this asks.

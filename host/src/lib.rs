@@ -7,6 +7,7 @@
 //! * [`ingress`]: HTTP from clients
 //! * [`control`]: the admin API
 //! * [`data`]: the data plane, put together
+//! * [`outbound`]: HTTP from guests to the world
 //! * [`state`]: intent, kept in SQLite and blobs
 //! * [`tls`]: certificates of the listeners
 //! * [`serve`]: both planes, started and drained
@@ -18,6 +19,7 @@ pub mod data;
 pub mod engine;
 pub mod ingress;
 pub mod messages;
+pub mod outbound;
 pub mod pool;
 pub mod serve;
 pub mod state;

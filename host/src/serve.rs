@@ -112,6 +112,7 @@ impl Host {
                 ceiling: config.ceiling,
                 instances: config.instances,
                 guest_memory: config.guest_memory.unwrap_or_else(default_guest_memory),
+                outbound_networks: config.outbound_networks.clone(),
                 artefact_key: ArtefactKey::from_bytes(key),
             },
             commands_in,

@@ -26,7 +26,7 @@ use std::time::Duration;
 use insula_types::{Outcome, ServiceName, TenantName};
 
 use crate::cells::{Count, Histogram, Integral};
-use crate::labels::{Direction, InstanceState, Kind, MemoryRefusal, ShedReason};
+use crate::labels::{Direction, InstanceState, Kind, MemoryRefusal, OutboundResult, ShedReason};
 
 mod expose;
 
@@ -116,6 +116,8 @@ pub struct TenantMetrics {
     has_machines: AtomicBool,
     log_lines_dropped: Count,
     edge: Edge,
+    outbound: [Count; OutboundResult::ALL.len()],
+    outbound_bytes: [Count; Direction::ALL.len()],
 }
 
 /// The memory limit of a tenant of which none is known.
@@ -294,6 +296,8 @@ impl Default for TenantMetrics {
             has_machines: AtomicBool::new(false),
             log_lines_dropped: Count::default(),
             edge: Edge::default(),
+            outbound: Default::default(),
+            outbound_bytes: Default::default(),
         }
     }
 }
@@ -360,6 +364,16 @@ impl TenantMetrics {
     /// Counts bytes of heads and bodies.
     pub fn add_ingress_bytes(&self, direction: Direction, bytes: u64) {
         self.edge.bytes[direction.index()].add(bytes);
+    }
+
+    /// Counts a request that a guest sent: once, when its answer's head is there or will not come.
+    pub fn outbound_ended(&self, result: OutboundResult) {
+        self.outbound[result.index()].add(1);
+    }
+
+    /// Counts bytes of heads and bodies that guests exchange with others.
+    pub fn add_outbound_bytes(&self, direction: Direction, bytes: u64) {
+        self.outbound_bytes[direction.index()].add(bytes);
     }
 
     /// Counts log lines that were not kept.

@@ -6,6 +6,7 @@
 //!
 //! * [`machine`]: what a caller asks of a machine
 //! * [`name`]: names of tenants and services, digests, version numbers, internal ids
+//! * [`outbound`]: where a service's guests may send requests to
 //! * [`quantity`]: CPU, bytes, fuel and durations, in the notation of Kubernetes
 //! * [`spec`]: what a caller asks for (tenant and service specs), checked with all mistakes at once
 //! * [`rollback`]: when the host takes a new version back by itself
@@ -15,6 +16,7 @@
 
 pub mod machine;
 pub mod name;
+pub mod outbound;
 pub mod outcome;
 pub mod quantity;
 pub mod rollback;

@@ -58,7 +58,12 @@ const FENCED: [Fenced; 4] = [
     },
     Fenced {
         roots: &["hyper", "hyper_util"],
-        homes: &["host/src/ingress", "host/src/control", "cli/src/client.rs"],
+        homes: &[
+            "host/src/ingress",
+            "host/src/control",
+            "host/src/outbound",
+            "cli/src/client.rs",
+        ],
     },
     Fenced {
         roots: &["rusqlite"],
@@ -66,7 +71,11 @@ const FENCED: [Fenced; 4] = [
     },
     Fenced {
         roots: &["rustls", "tokio_rustls", "rustls_native_certs"],
-        homes: &["host/src/tls.rs", "cli/src/tls.rs"],
+        homes: &[
+            "host/src/tls.rs",
+            "host/src/outbound/tls.rs",
+            "cli/src/tls.rs",
+        ],
     },
 ];
 

@@ -69,6 +69,10 @@ pub(crate) struct ServeArgs {
     /// The largest request body of any service [default: 1GiB]
     #[arg(long, env = "INSULA_MAX_REQUEST_BODY", value_name = "BYTES")]
     pub(crate) max_request_body: Option<String>,
+    /// Networks beside the Internet that guests may send requests to, such as 10.1.0.0/16,fd00::/8
+    /// [default: none]
+    #[arg(long, env = "INSULA_OUTBOUND_NETWORKS", value_name = "CIDR,…")]
+    pub(crate) outbound_networks: Option<String>,
     /// What to log on stderr: error, warn, info, debug, trace, or a filter [default: info]
     #[arg(long, env = "INSULA_LOG", value_name = "LEVEL")]
     pub(crate) log: Option<String>,

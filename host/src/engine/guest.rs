@@ -5,6 +5,7 @@ use std::time::Instant;
 
 use http::HeaderName;
 use http::uri::Scheme;
+use tokio::sync::oneshot;
 use wasmtime::component::{ComponentType, HasData, Linker, Lower, ResourceTable};
 use wasmtime::{AsContext, Result, StoreContextMut};
 use wasmtime_wasi::p2::bindings::io;
@@ -17,6 +18,7 @@ use wasmtime_wasi_http::{
 use super::config::caps;
 use super::guest_log::{GuestLog, LogSink};
 use super::memory::MemoryMeter;
+use super::outgoing::{Errands, WayOut};
 
 /// The data of a store: never shared, never reused.
 pub(super) struct Guest {
@@ -61,6 +63,7 @@ impl Guest {
         fuel: u64,
         env: Arc<[(String, String)]>,
         log: Arc<dyn LogSink>,
+        (way, errands): (Arc<dyn WayOut>, Arc<Errands>),
     ) -> Self {
         let mut table = ResourceTable::new();
         table.set_max_capacity(caps::RESOURCES);
@@ -71,7 +74,7 @@ impl Guest {
             table,
             wasi: Lazy { made, env, log },
             http,
-            hooks: Hooks,
+            hooks: Hooks { way, errands },
             memory,
             fuel,
         }
@@ -115,7 +118,10 @@ impl WasiHttpView for Guest {
 }
 
 /// What `wasi:http` may do for a guest.
-struct Hooks;
+struct Hooks {
+    way: Arc<dyn WayOut>,
+    errands: Arc<Errands>,
+}
 
 /// The result of an outgoing request: the answer, and the transfer of its body.
 type Sent = std::result::Result<
@@ -133,18 +139,29 @@ impl WasiHttpHooks for Hooks {
         FORBIDDEN.contains(name)
     }
 
-    fn is_supported_scheme(&mut self, _scheme: &Scheme) -> bool {
-        false
+    fn is_supported_scheme(&mut self, scheme: &Scheme) -> bool {
+        *scheme == Scheme::HTTP || *scheme == Scheme::HTTPS
     }
 
-    /// No guest has outbound HTTP: wasi-http's own sender would reach any address.
+    /// wasi-http's own sender would reach any address, at the host's expense.
     fn send_request(
         &mut self,
-        _request: http::Request<WasiBody>,
-        _options: Option<RequestOptions>,
+        request: http::Request<WasiBody>,
+        options: Option<RequestOptions>,
         _transfer: Box<dyn Future<Output = Transfer> + Send>,
     ) -> Box<dyn Future<Output = Sent> + Send> {
-        Box::new(async { Err(wasmtime_wasi_http::Error::HttpRequestDenied) })
+        let (answer, wait) = oneshot::channel();
+        let way = Arc::clone(&self.way);
+        let begun = self
+            .errands
+            .begin(|| way.errand(request, options.into(), answer));
+        Box::new(async move {
+            begun?;
+            let gone = |_| wasmtime_wasi_http::Error::ConnectionTerminated;
+            let response = wait.await.map_err(gone)??;
+            let rest: Box<dyn Future<Output = Transfer> + Send> = Box::new(async { Ok(()) });
+            Ok((response, rest))
+        })
     }
 
     /// A guest can be this far ahead of a slow client: 16 chunks of at most 64 KiB.

@@ -12,6 +12,7 @@
 //! * [`artefact`]: sealing and opening of compiled code
 //! * `load`: the unsafe island that maps compiled code that was opened
 //! * `guest`: what belongs to one instance: its WASI context, tables and memory meter
+//! * [`outgoing`]: requests that a guest sends
 //! * [`run`]: one request, from instantiation to the verdict
 //!
 //! *Invariant:* nothing reaches `load` that [`artefact::open`] did not authenticate.
@@ -23,6 +24,7 @@ mod guest;
 mod guest_log;
 mod load;
 mod memory;
+pub mod outgoing;
 pub mod run;
 pub mod scan;
 
@@ -31,3 +33,4 @@ pub use config::{Engine, EngineError, EngineLimits, compatibility};
 pub use guest_log::{LogLine, LogSink};
 pub use load::{LoadError, Program};
 pub use memory::{HostMemory, Refused, TenantMemory};
+pub use run::Offload;

@@ -25,6 +25,7 @@ use super::guest::Guest;
 use super::guest_log::LogSink;
 use super::load::Program;
 use super::memory::{MemoryMeter, Refused, TenantMemory};
+use super::outgoing::{Errands, WayOut, beside};
 use crate::config::UrlScheme;
 
 /// The body of a guest's answer.
@@ -66,8 +67,15 @@ pub struct Verdict {
     pub detail: Option<String>,
 }
 
+/// Threads for what blocks.
+pub trait Offload: Send + Sync {
+    /// Has it done by one of them, at the tenant's expense. What it captured is dropped with it when
+    /// it cannot be done.
+    fn offload(self: Arc<Self>, piece: Box<dyn FnOnce() + Send>);
+}
+
 /// Whom a run tells of itself, in this order: start, head, end. Each comes at most once.
-pub trait RunEvents: LogSink + 'static {
+pub trait RunEvents: LogSink + WayOut + Offload + 'static {
     /// The guest's handler is entered; this is how long it took until then.
     fn started(&self, took: Duration);
     /// The guest has set the head of its answer.
@@ -151,7 +159,9 @@ where
     let began = Instant::now();
     let memory = MemoryMeter::new(tenant_memory, grant.memory, began);
     let fuel = grant.fuel.get();
-    let guest = Guest::new(memory, fuel, env, events.clone());
+    let errands = Arc::new(Errands::default());
+    let way = (events.clone() as Arc<dyn WayOut>, Arc::clone(&errands));
+    let guest = Guest::new(memory, fuel, env, events.clone(), way);
     let mut store = Store::new(program.pre.engine(), guest);
     store.limiter(|guest| &mut guest.memory);
     store.set_max_component_handles(caps::HANDLES);
@@ -169,7 +179,7 @@ where
         Ok(()) => {
             let request = (scheme, request);
             let (store, events) = (&mut metered.store, &metered.events);
-            call(store, &program, request, events, began).await
+            beside(&errands, call(store, &program, request, events, began)).await
         }
         Err(error) => Err(error),
     };

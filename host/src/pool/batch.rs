@@ -442,6 +442,7 @@ impl Pool {
                 (end, None)
             }
         };
+        let used = used.saturating_add(exchange.take_owed());
         let charged = inner.charge(worker, Nanos::from_nanos(used), end, at);
         let finished = gone.as_ref().map(|job| inner.finished(job, at));
         drop(guard);

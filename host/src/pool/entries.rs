@@ -6,16 +6,19 @@ use std::time::Duration;
 
 use http::{HeaderMap, HeaderName};
 use insula_metrics::{DataMetrics, Direction, Kind, ServiceMetrics, TenantMetrics};
+use insula_types::outbound::OutboundRule;
 use insula_types::spec::RequestLimits;
 use insula_types::{Outcome, ServiceId, ServiceName, TenantId, TenantName, VersionNumber};
 
 use super::exchange::Record;
+use super::offload::Offload;
 use super::pace::Pace;
 use super::request_id::RequestId;
 use super::versions::{Active, Choice, Versions};
 use crate::engine::TenantMemory;
 use crate::ingress::logs::ServiceLog;
 use crate::messages::{UsageDelta, VersionDelta};
+use crate::outbound::{Outbound, Places};
 
 /// A tenant. Lives as long as anything of it does; its envelope is in the pool.
 #[derive(Debug)]
@@ -28,6 +31,10 @@ pub struct TenantEntry {
     pub memory: Arc<TenantMemory>,
     /// Its metric series.
     pub metrics: Arc<TenantMetrics>,
+    /// Where its blocking work is done.
+    pub offload: Arc<Offload>,
+    /// For requests that its guests send.
+    pub places: Arc<Places>,
 }
 
 /// A service as it is now; replaced whole when anything of it changes.
@@ -43,6 +50,10 @@ pub struct ServiceEntry {
     pub limits: RequestLimits,
     /// The environment of its guests.
     pub env: Arc<[(String, String)]>,
+    /// The way out of its guests.
+    pub outbound: Arc<Outbound>,
+    /// Where it may lead to.
+    pub outbound_rules: Arc<[OutboundRule]>,
     /// Whether answers carry `insula-usage`.
     pub usage_header: bool,
     /// What serves, and how much of it.

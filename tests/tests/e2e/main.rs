@@ -14,6 +14,7 @@ mod logs;
 mod main_job;
 mod measured;
 mod operations;
+mod outbound;
 mod overload;
 mod prometheus;
 mod python;

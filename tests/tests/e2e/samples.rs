@@ -2,8 +2,16 @@
 
 use insula_tests::TestHost;
 
-/// The samples that have a test here or in `main_job`, by their folders.
-pub(crate) const TESTED: [&str; 6] = ["echo", "hello", "kernels", "markdown", "sse", "thumbnail"];
+/// The samples that have a test here, in `main_job` or in `outbound`, by their folders.
+pub(crate) const TESTED: [&str; 7] = [
+    "echo",
+    "fetch",
+    "hello",
+    "kernels",
+    "markdown",
+    "sse",
+    "thumbnail",
+];
 
 #[test]
 fn markdown_becomes_html() {
