@@ -34,6 +34,8 @@ pub struct HostConfig {
     pub guest_memory: Option<Bytes>,
     /// Networks beside the Internet that guests may send requests to; none by default.
     pub outbound_networks: Vec<Network>,
+    /// How long the code of a version stays in memory that nobody asks.
+    pub code_idle: Millis,
     /// How long requests may go on after SIGTERM.
     pub drain: Millis,
 }
@@ -77,6 +79,10 @@ pub const DEFAULT_CEILING: RequestLimits = RequestLimits {
     timeout: Millis::constant(300_000),
     request_body: Bytes::mib(1024),
 };
+
+/// How long unasked code stays when the operator sets nothing: loading a Rust guest's again costs
+/// what a hundred requests cost, which once a minute is nothing.
+pub const DEFAULT_CODE_IDLE: Millis = Millis::constant(60_000);
 
 /// Instances that can be alive at once when the operator sets nothing: `vm.max_map_count` of a
 /// stock kernel (65,530) divided by the handful of mappings that a pooled instance takes.

@@ -8,6 +8,7 @@ use http::uri::Scheme;
 use tokio::sync::oneshot;
 use wasmtime::component::{ComponentType, HasData, Linker, Lower, ResourceTable};
 use wasmtime::{AsContext, Result, StoreContextMut};
+use wasmtime_wasi::p2::DynOutputStream;
 use wasmtime_wasi::p2::bindings::io;
 use wasmtime_wasi::{WasiCtx, WasiCtxView, WasiView};
 use wasmtime_wasi_http::{
@@ -18,9 +19,9 @@ use wasmtime_wasi_http::{
 use super::config::caps;
 use super::guest_log::{GuestLog, LogSink};
 use super::memory::MemoryMeter;
-use super::outgoing::{Errands, WayOut};
+use super::outgoing::{Errands, Patron};
 
-/// The data of a store: never shared, never reused.
+/// The data of a store: never shared; reused where its service asks for it (`shelf`).
 pub(super) struct Guest {
     table: ResourceTable,
     wasi: Lazy,
@@ -34,14 +35,15 @@ pub(super) struct Guest {
 /// What a guest gets of `wasi:cli`, `clocks`, `random`, `filesystem` and `sockets`. Most requests
 /// touch none of it, and making it seeds three generators: it is made when it is first asked for.
 struct Lazy {
-    made: Option<Box<WasiCtx>>,
+    made: Option<Box<(WasiCtx, GuestLog)>>,
     env: Arc<[(String, String)]>,
-    log: Arc<dyn LogSink>,
+    /// `None` between two requests.
+    log: Option<Arc<dyn LogSink>>,
 }
 
 impl Lazy {
     fn get(&mut self) -> &mut WasiCtx {
-        self.made.get_or_insert_with(|| {
+        let (wasi, _) = &mut **self.made.get_or_insert_with(|| {
             let log = GuestLog::new(self.log.clone());
             let wasi = WasiCtx::builder()
                 .envs(&self.env)
@@ -52,8 +54,9 @@ impl Lazy {
                 .allow_udp(false)
                 .allow_ip_name_lookup(false)
                 .build();
-            Box::new(wasi)
-        })
+            Box::new((wasi, log))
+        });
+        wasi
     }
 }
 
@@ -62,22 +65,54 @@ impl Guest {
         memory: MemoryMeter,
         fuel: u64,
         env: Arc<[(String, String)]>,
-        log: Arc<dyn LogSink>,
-        (way, errands): (Arc<dyn WayOut>, Arc<Errands>),
+        patron: Arc<dyn Patron>,
     ) -> Self {
         let mut table = ResourceTable::new();
         table.set_max_capacity(caps::RESOURCES);
         let mut http = WasiHttpCtx::new();
         http.set_field_size_limit(caps::FIELD_BYTES);
-        let made = None;
+        let (made, log): (_, Option<Arc<dyn LogSink>>) = (None, Some(patron.clone()));
         Self {
             table,
             wasi: Lazy { made, env, log },
             http,
-            hooks: Hooks { way, errands },
+            hooks: Hooks::new(patron),
             memory,
             fuel,
         }
+    }
+
+    /// Another request begins in this instance.
+    pub(super) fn begin(&mut self, fuel: u64, patron: Arc<dyn Patron>) {
+        let log: Arc<dyn LogSink> = patron.clone();
+        self.fuel = fuel;
+        self.memory.begin();
+        if let Some(made) = &self.wasi.made {
+            made.1.begin(log.clone());
+        }
+        self.wasi.log = Some(log);
+        self.hooks = Hooks::new(patron);
+    }
+
+    /// The request is over, and its instance waits for another.
+    pub(super) fn rest(&mut self) {
+        if let Some(made) = &self.wasi.made {
+            made.1.end();
+        }
+        self.wasi.log = None;
+        self.hooks = Hooks::default();
+    }
+
+    /// What its requests to others are run by.
+    pub(super) fn errands(&self) -> Arc<Errands> {
+        Arc::clone(&self.hooks.errands)
+    }
+
+    /// Whether the guest holds nothing that could belong to a request: what a language's library
+    /// keeps for good are its standard streams.
+    pub(super) fn is_clean(&mut self) -> bool {
+        let mut held = self.table.iter_mut();
+        held.all(|entry| entry.is::<DynOutputStream>())
     }
 
     /// The fuel that the request began with.
@@ -118,9 +153,20 @@ impl WasiHttpView for Guest {
 }
 
 /// What `wasi:http` may do for a guest.
+#[derive(Default)]
 struct Hooks {
-    way: Arc<dyn WayOut>,
+    /// `None` between two requests.
+    way: Option<Arc<dyn Patron>>,
     errands: Arc<Errands>,
+}
+
+impl Hooks {
+    fn new(patron: Arc<dyn Patron>) -> Self {
+        Self {
+            way: Some(patron),
+            errands: Arc::default(),
+        }
+    }
 }
 
 /// The result of an outgoing request: the answer, and the transfer of its body.
@@ -151,10 +197,11 @@ impl WasiHttpHooks for Hooks {
         _transfer: Box<dyn Future<Output = Transfer> + Send>,
     ) -> Box<dyn Future<Output = Sent> + Send> {
         let (answer, wait) = oneshot::channel();
-        let way = Arc::clone(&self.way);
-        let begun = self
-            .errands
-            .begin(|| way.errand(request, options.into(), answer));
+        let denied = Err(wasmtime_wasi_http::Error::HttpRequestDenied);
+        let begun = self.way.clone().map_or(denied, |way| {
+            let errand = || way.errand(request, options.into(), answer);
+            self.errands.begin(errand)
+        });
         Box::new(async move {
             begun?;
             let gone = |_| wasmtime_wasi_http::Error::ConnectionTerminated;

@@ -23,7 +23,8 @@ use tokio::sync::oneshot;
 use wasmtime_wasi_http::{RequestOptions, WasiBody};
 
 use super::config::caps;
-use super::run::BodyError;
+use super::guest_log::LogSink;
+use super::run::{BodyError, Offload};
 
 /// A body on its way to or from a destination.
 pub type OutgoingBody = WasiBody;
@@ -65,7 +66,12 @@ pub trait WayOut: Send + Sync {
     ) -> Errand;
 }
 
-/// The errands of one instance.
+/// The request that a guest answers: its log, its way out, and threads for what blocks.
+pub trait Patron: LogSink + WayOut + Offload {}
+
+impl<T: LogSink + WayOut + Offload> Patron for T {}
+
+/// The errands of one request.
 #[derive(Default)]
 pub(super) struct Errands {
     new: Mutex<Vec<Errand>>,

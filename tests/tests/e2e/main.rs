@@ -4,6 +4,7 @@
 mod admin;
 mod bad_bytes;
 mod cli;
+mod cold;
 mod curl;
 mod durable;
 mod fuel;
@@ -18,6 +19,7 @@ mod outbound;
 mod overload;
 mod prometheus;
 mod python;
+mod reuse;
 mod roles;
 mod samples;
 mod streaming;
