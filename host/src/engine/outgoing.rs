@@ -79,7 +79,7 @@ pub(super) struct Errands {
 }
 
 impl Errands {
-    fn new(&self) -> std::sync::MutexGuard<'_, Vec<Errand>> {
+    fn unbegun(&self) -> std::sync::MutexGuard<'_, Vec<Errand>> {
         self.new.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -89,7 +89,7 @@ impl Errands {
             return Err(BodyError::ConnectionLimitReached);
         }
         self.open.fetch_add(1, Ordering::Relaxed);
-        self.new().push(make());
+        self.unbegun().push(make());
         Ok(())
     }
 }
@@ -102,7 +102,7 @@ pub(super) async fn beside<T>(errands: &Errands, call: impl Future<Output = T>) 
         if let Poll::Ready(result) = call.as_mut().poll(cx) {
             return Poll::Ready(result);
         }
-        let mut new = errands.new();
+        let mut new = errands.unbegun();
         if !new.is_empty() {
             running.get_or_insert_default().extend(new.drain(..));
         }

@@ -198,7 +198,8 @@ impl Sender {
             return Err(BodyError::HttpRequestUriTooLong);
         }
         // The whole of it: "*" is for OPTIONS (RFC 9112, 3.2.4), a URI for proxies (3.2.2).
-        if !path.starts_with('/') && !(path == "*" && parts.method == Method::OPTIONS) {
+        let whole_server = path == "*" && parts.method == Method::OPTIONS;
+        if !path.starts_with('/') && !whole_server {
             return Err(BodyError::HttpRequestUriInvalid);
         }
         let path: Uri = path.parse().map_err(|_| BodyError::HttpRequestUriInvalid)?;
