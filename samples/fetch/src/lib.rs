@@ -14,15 +14,15 @@ use std::task::Poll;
 use std::time::Duration;
 
 use insula_sdk::http::header::CONTENT_TYPE;
-use insula_sdk::{Error, FetchError, Request, Response, Result, StatusCode, Uri, fetch, http, time};
+use insula_sdk::{
+    Error, FetchError, Request, Response, Result, StatusCode, Uri, fetch, http, time,
+};
 
 #[insula_sdk::main]
 async fn handle(req: Request) -> Result<Response> {
     let url = req.query("url");
     let url = url.ok_or_else(|| Error::bad_request("url is missing"))?;
-    let url: Uri = url
-        .parse()
-        .map_err(|_| Error::bad_request("url is none"))?;
+    let url: Uri = url.parse().map_err(|_| Error::bad_request("url is none"))?;
     match req.uri().path() {
         "/status" => {
             let n = req.query("n").and_then(|n| n.parse().ok()).unwrap_or(1);
@@ -113,7 +113,8 @@ mod tests {
             assert_eq!(response.status(), StatusCode::ACCEPTED);
             let text = response.body_mut().text().await.unwrap();
             assert_eq!(text, "POST http://a.example/x hello");
-            let mut response = call(handle, Request::get("/status?n=2&url=http://a.example/")).await;
+            let mut response =
+                call(handle, Request::get("/status?n=2&url=http://a.example/")).await;
             assert_eq!(response.body_mut().text().await.unwrap(), "202\n202\n");
         });
     }
@@ -123,7 +124,14 @@ mod tests {
         run(async {
             let mut response = call(handle, Request::get("/?url=http://a.example/")).await;
             assert_eq!(response.status(), StatusCode::BAD_GATEWAY);
-            assert!(response.body_mut().text().await.unwrap().starts_with("nothing"));
+            assert!(
+                response
+                    .body_mut()
+                    .text()
+                    .await
+                    .unwrap()
+                    .starts_with("nothing")
+            );
             let response = call(handle, Request::get("/")).await;
             assert_eq!(response.status(), StatusCode::BAD_REQUEST);
         });

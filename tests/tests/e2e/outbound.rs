@@ -248,7 +248,7 @@ fn nothing_that_is_not_on_the_list_is_reached() {
     let closed = fetcher(&host, json!([]));
     assert_eq!(ask(&closed, &world.url("/")), "HTTP-request-denied");
     let list = json!([
-        "http://127.0.0.1:1",
+        "http://127.0.0.1:8001",
         format!("https://127.0.0.1:{port}"),
         format!("http://*.example.com:{port}"),
     ]);
