@@ -25,9 +25,10 @@ use std::rc::Rc;
 use crate::{IntoResponse, Request, Response, handler, rt};
 
 type Answer = Pin<Box<dyn Future<Output = Response>>>;
+type Answers = Rc<dyn Fn(Request) -> Answer>;
 
 thread_local! {
-    static ANSWERS: RefCell<Option<Rc<dyn Fn(Request) -> Answer>>> = const { RefCell::new(None) };
+    static ANSWERS: RefCell<Option<Answers>> = const { RefCell::new(None) };
 }
 
 /// From now on, and on this thread, what is fetched is answered by this function.
