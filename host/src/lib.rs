@@ -9,6 +9,7 @@
 //! * [`data`]: the data plane, put together
 //! * [`outbound`]: HTTP from guests to the world
 //! * [`state`]: intent, kept in SQLite and blobs
+//! * [`storage`]: volumes and their quotas
 //! * [`tls`]: certificates of the listeners
 //! * [`serve`]: both planes, started and drained
 #![deny(unsafe_code)]
@@ -23,4 +24,5 @@ pub mod outbound;
 pub mod pool;
 pub mod serve;
 pub mod state;
+pub mod storage;
 pub mod tls;

@@ -113,6 +113,10 @@ pub struct TenantMetrics {
     /// [`NO_LIMIT`] while there is none.
     memory_limit_bytes: AtomicU64,
     memory_refusals: [Count; MemoryRefusal::ALL.len()],
+    /// [`NO_LIMIT`] while there is no volume.
+    storage_bytes: AtomicU64,
+    /// [`NO_LIMIT`] while there is none.
+    storage_limit_bytes: AtomicU64,
     has_machines: AtomicBool,
     log_lines_dropped: Count,
     edge: Edge,
@@ -293,6 +297,8 @@ impl Default for TenantMetrics {
             memory_integral: Default::default(),
             memory_limit_bytes: AtomicU64::new(NO_LIMIT),
             memory_refusals: Default::default(),
+            storage_bytes: AtomicU64::new(NO_LIMIT),
+            storage_limit_bytes: AtomicU64::new(NO_LIMIT),
             has_machines: AtomicBool::new(false),
             log_lines_dropped: Count::default(),
             edge: Edge::default(),
@@ -347,6 +353,17 @@ impl TenantMetrics {
     /// Sets the tenant's memory limit; `None` takes the series away.
     pub fn set_memory_limit(&self, limit_bytes: Option<u64>) {
         self.memory_limit_bytes
+            .store(limit_bytes.unwrap_or(NO_LIMIT), Relaxed);
+    }
+
+    /// Sets what the tenant's volumes take; `None` takes the series away.
+    pub fn set_storage(&self, bytes: Option<u64>) {
+        self.storage_bytes.store(bytes.unwrap_or(NO_LIMIT), Relaxed);
+    }
+
+    /// Sets the tenant's storage limit; `None` takes the series away.
+    pub fn set_storage_limit(&self, limit_bytes: Option<u64>) {
+        self.storage_limit_bytes
             .store(limit_bytes.unwrap_or(NO_LIMIT), Relaxed);
     }
 

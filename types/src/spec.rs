@@ -15,6 +15,7 @@ use crate::outbound::{OUTBOUND_MAX, OutboundRule};
 use crate::quantity::{Bytes, Fuel, Millicores, Millis, Shares};
 use crate::rollback::AutoRollback;
 use crate::traffic::StickyHeader;
+use crate::volume::{self, Mount};
 
 /// Everything that is wrong with a spec, each with the path of its field.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
@@ -410,6 +411,8 @@ pub struct ServiceSpec {
     pub env: BTreeMap<String, String>,
     /// Hosts and paths beside `<service>.<tenant>.<domain>`.
     pub routes: Vec<Route>,
+    /// What its guests keep, and where they find it.
+    pub volumes: Vec<Mount>,
     /// Where its guests may send HTTP requests to.
     pub outbound: Vec<OutboundRule>,
     /// Whether answers carry `insula-usage`.
@@ -442,7 +445,7 @@ struct RawServiceSpec {
     limits: RawLimits,
     env: BTreeMap<String, String>,
     routes: Vec<Route>,
-    volumes: Vec<serde::de::IgnoredAny>,
+    volumes: Vec<Mount>,
     outbound: Vec<String>,
     usage_header: bool,
     sticky_header: Option<StickyHeader>,
@@ -498,17 +501,13 @@ impl TryFrom<RawServiceSpec> for ServiceSpec {
                 format_args!("at most {ROUTES_MAX}, {} given", raw.routes.len()),
             );
         }
-        if !raw.volumes.is_empty() {
-            errors.push(
-                "volumes",
-                "this version of insula has no volumes yet; leave it empty",
-            );
-        }
+        volume::check(&mut errors, &raw.volumes);
         let outbound = check_outbound(&mut errors, &raw.outbound);
         errors.into_result(Self {
             limits,
             env: raw.env,
             routes: raw.routes,
+            volumes: raw.volumes,
             outbound,
             usage_header: raw.usage_header,
             sticky_header: raw.sticky_header,
@@ -584,13 +583,14 @@ mod tests {
     fn the_contracts_service() {
         let json = r#"{"limits":{"memory":"64MiB","fuel":1000000000,"timeout":"30s",
             "request_body":"10MiB"},"env":{"K":"V"},"routes":["api.example.com/v2/*"],
-            "volumes":[],"outbound":["https://API.example.com:443"],"usage_header":false}"#;
+            "volumes":[{"name":"data","path":"/data"}],"outbound":["https://API.example.com:443"],"usage_header":false}"#;
         let spec: ServiceSpec = serde_json::from_str(json).unwrap();
         assert_eq!(spec.limits, RequestLimits::default());
         let printed = serde_json::to_value(&spec).unwrap();
         assert_eq!(printed["limits"]["timeout_ms"], 30_000);
         assert_eq!(printed["routes"][0], "api.example.com/v2/*");
         assert_eq!(printed["outbound"][0], "https://api.example.com");
+        assert_eq!(printed["volumes"][0]["mode"], "rw");
         let again: ServiceSpec = serde_json::from_value(printed).unwrap();
         assert_eq!(again, spec, "what was read can be written back");
     }
@@ -623,8 +623,7 @@ mod tests {
         ] {
             assert!(error.contains(path), "{path} is missing in {error}");
         }
-        let json =
-            r#"{"env":{"A=B":"x"},"volumes":[1],"outbound":["https://x/"],"limits":{"memory":1}}"#;
+        let json = r#"{"env":{"A=B":"x"},"volumes":[{"name":"a","path":"/a"},{"name":"a","path":"/b"}],"outbound":["https://x/"],"limits":{"memory":1}}"#;
         let error = serde_json::from_str::<ServiceSpec>(json)
             .unwrap_err()
             .to_string();

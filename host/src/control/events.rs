@@ -6,7 +6,7 @@ use std::cell::Cell;
 use insula_types::{ServiceName, TenantId, TenantName, VersionNumber};
 use tokio::sync::broadcast;
 
-use crate::state::{Scope, Service, Tenant, Timestamp};
+use crate::state::{Scope, Service, Tenant, Timestamp, Volume};
 
 /// Events that wait for the slowest reader, at most.
 const BACKLOG: usize = 256;
@@ -113,6 +113,20 @@ impl Events {
             service: None,
             version: None,
             reason: None,
+        });
+    }
+
+    pub(crate) fn volume(&self, kind: &'static str, volume: &Volume) {
+        let time = Timestamp::now();
+        let tenant = Some((volume.tenant, volume.tenant_name.clone()));
+        self.send(Event {
+            id: 0,
+            time,
+            kind,
+            tenant,
+            service: None,
+            version: None,
+            reason: Some(format!("volume {}", volume.name)),
         });
     }
 

@@ -10,7 +10,7 @@ use http::header::{CONTENT_TYPE, ETAG, HeaderName, HeaderValue};
 use http::{HeaderMap, Method, Response, StatusCode};
 use http_body_util::{BodyExt, Full, StreamBody};
 use hyper::body::{Frame, Incoming};
-use insula_types::{ServiceName, TenantName};
+use insula_types::{ServiceName, TenantName, VolumeName};
 use serde_json::{Map, Value};
 
 use super::auth::Caller;
@@ -112,6 +112,7 @@ impl Reply {
 pub(crate) struct Params {
     pub(crate) tenant: Option<TenantName>,
     pub(crate) service: Option<ServiceName>,
+    pub(crate) volume: Option<VolumeName>,
     pub(crate) id: Option<u64>,
 }
 
@@ -145,6 +146,12 @@ impl Call {
             .service
             .clone()
             .ok_or_else(|| Problem::not_found("service"))
+    }
+
+    /// The volume of the path.
+    pub(crate) fn volume(&self) -> Result<VolumeName, Problem> {
+        let volume = self.params.volume.clone();
+        volume.ok_or_else(|| Problem::not_found("volume"))
     }
 
     /// Who calls. The router has authenticated all but the public routes.

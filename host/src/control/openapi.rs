@@ -86,6 +86,7 @@ fn parameters() -> Value {
     json!({
         "tenant": name("tenant"),
         "service": name("service"),
+        "volume": name("volume"),
         "id": {"name": "id", "in": "path", "required": true, "schema": {"type": "integer"},
             "description": "The token's id"},
         "limit": query("limit", json!({"type": "integer", "minimum": 1, "maximum": PAGE_MAX}),

@@ -8,6 +8,7 @@ use http::uri::Scheme;
 use tokio::sync::oneshot;
 use wasmtime::component::{ComponentType, HasData, Linker, Lower, ResourceTable};
 use wasmtime::{AsContext, Result, StoreContextMut};
+use wasmtime_wasi::filesystem::Descriptor;
 use wasmtime_wasi::p2::DynOutputStream;
 use wasmtime_wasi::p2::bindings::io;
 use wasmtime_wasi::{WasiCtx, WasiCtxView, WasiView};
@@ -17,6 +18,7 @@ use wasmtime_wasi_http::{
 };
 
 use super::config::caps;
+use super::files::{Files, FilesView, Mounted};
 use super::guest_log::{GuestLog, LogSink};
 use super::memory::MemoryMeter;
 use super::outgoing::{Errands, Patron};
@@ -25,6 +27,7 @@ use super::outgoing::{Errands, Patron};
 pub(super) struct Guest {
     table: ResourceTable,
     wasi: Lazy,
+    files: Files,
     http: WasiHttpCtx,
     hooks: Hooks,
     pub(super) memory: MemoryMeter,
@@ -65,6 +68,7 @@ impl Guest {
         memory: MemoryMeter,
         fuel: u64,
         env: Arc<[(String, String)]>,
+        mounts: Arc<[Mounted]>,
         patron: Arc<dyn Patron>,
     ) -> Self {
         let mut table = ResourceTable::new();
@@ -75,6 +79,7 @@ impl Guest {
         Self {
             table,
             wasi: Lazy { made, env, log },
+            files: Files::new(mounts),
             http,
             hooks: Hooks::new(patron),
             memory,
@@ -109,10 +114,22 @@ impl Guest {
     }
 
     /// Whether the guest holds nothing that could belong to a request: what a language's library
-    /// keeps for good are its standard streams.
+    /// keeps for good are its standard streams and the directories that it began with.
     pub(super) fn is_clean(&mut self) -> bool {
         let mut held = self.table.iter_mut();
-        held.all(|entry| entry.is::<DynOutputStream>())
+        let kept = |entry: &(dyn std::any::Any + Send)| {
+            entry.is::<DynOutputStream>() || entry.is::<Descriptor>()
+        };
+        self.files.is_at_rest() && held.all(|entry| kept(&*entry))
+    }
+
+    /// Its files, for one call.
+    pub(super) fn files(&mut self) -> FilesView<'_> {
+        FilesView {
+            table: &mut self.table,
+            files: &mut self.files,
+            patron: self.hooks.way.as_ref(),
+        }
     }
 
     /// The fuel that the request began with.
@@ -238,6 +255,7 @@ pub(super) fn link(linker: &mut Linker<Guest>) -> Result<()> {
     io::error::add_to_linker::<Guest, Table>(linker, |guest| &mut guest.table)?;
     io::poll::add_to_linker::<Guest, Table>(linker, |guest| &mut guest.table)?;
     io::streams::add_to_linker::<Guest, Table>(linker, |guest| &mut guest.table)?;
+    super::files::link(linker)?;
     linker.allow_shadowing(false);
     wasmtime_wasi_http::p2::add_only_http_to_linker_async(linker)?;
     linker.instance("insula:guest/usage@0.1.0")?.func_wrap(

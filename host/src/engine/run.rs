@@ -22,6 +22,7 @@ use wasmtime_wasi_http::p2::bindings::http::types::{ErrorCode, Scheme};
 use wasmtime_wasi_http::p2::body::HyperOutgoingBody;
 
 use super::config::caps;
+use super::files::Mounted;
 use super::guest::Guest;
 use super::load::Code;
 use super::memory::{MemoryMeter, Refused, TenantMemory};
@@ -105,6 +106,8 @@ pub struct Invocation<B, R> {
     pub tenant_memory: Arc<TenantMemory>,
     /// Its environment.
     pub env: Arc<[(String, String)]>,
+    /// Its volumes.
+    pub mounts: Arc<[Mounted]>,
     /// Who is told.
     pub events: Arc<R>,
 }
@@ -159,6 +162,7 @@ where
         grant,
         tenant_memory,
         env,
+        mounts,
         events,
     } = invocation;
     let began = Instant::now();
@@ -173,7 +177,7 @@ where
         None => match program.code(began).await {
             Ok(code) => {
                 let memory = MemoryMeter::new(tenant_memory, grant.memory, began);
-                let guest = Guest::new(memory, fuel, env, events.clone());
+                let guest = Guest::new(memory, fuel, env, mounts, events.clone());
                 (new_store(&code, guest), Ground::Code(code), 0)
             }
             Err(error) => {

@@ -159,6 +159,7 @@ mod tests {
                 crate::engine::HostMemory::new(insula_types::Bytes::MAX),
             ))),
             offload: Arc::default(),
+            storage: Arc::default(),
             places: crate::outbound::Outbound::tenant_places(),
         });
         let log = super::super::logs::ServiceLog::new(
@@ -172,6 +173,7 @@ mod tests {
             tenant,
             limits: insula_types::spec::RequestLimits::default(),
             env: Arc::default(),
+            mounts: Arc::default(),
             outbound: crate::outbound::Outbound::new(Default::default()),
             outbound_rules: Arc::default(),
             usage_header: false,

@@ -15,10 +15,11 @@ use super::offload::Offload;
 use super::pace::Pace;
 use super::request_id::RequestId;
 use super::versions::{Active, Choice, Versions};
-use crate::engine::TenantMemory;
+use crate::engine::{Mounted, TenantMemory};
 use crate::ingress::logs::ServiceLog;
 use crate::messages::{UsageDelta, VersionDelta};
 use crate::outbound::{Outbound, Places};
+use crate::storage::TenantStorage;
 
 /// A tenant. Lives as long as anything of it does; its envelope is in the pool.
 #[derive(Debug)]
@@ -31,6 +32,8 @@ pub struct TenantEntry {
     pub memory: Arc<TenantMemory>,
     /// Its metric series.
     pub metrics: Arc<TenantMetrics>,
+    /// Its volumes together.
+    pub storage: Arc<TenantStorage>,
     /// Where its blocking work is done.
     pub offload: Arc<Offload>,
     /// For requests that its guests send.
@@ -50,6 +53,8 @@ pub struct ServiceEntry {
     pub limits: RequestLimits,
     /// The environment of its guests.
     pub env: Arc<[(String, String)]>,
+    /// Its volumes, and where its guests find them.
+    pub mounts: Arc<[Mounted]>,
     /// The way out of its guests.
     pub outbound: Arc<Outbound>,
     /// Where it may lead to.

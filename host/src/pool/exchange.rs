@@ -275,7 +275,7 @@ impl Payer for Exchange {
 impl Offload for Exchange {
     fn offload(self: Arc<Self>, piece: Box<dyn FnOnce() + Send>) {
         let tenant = Arc::clone(&self.service.tenant);
-        tenant.offload.submit(tenant.id, self, piece);
+        tenant.offload.submit(tenant.id, Some(self), piece);
     }
 }
 

@@ -39,7 +39,8 @@ pub trait Payer: Send + Sync {
 struct Task {
     tenant: TenantId,
     piece: Piece,
-    payer: Arc<dyn Payer>,
+    /// `None` for the host itself.
+    payer: Option<Arc<dyn Payer>>,
 }
 
 /// The work of one tenant.
@@ -89,7 +90,7 @@ impl Shared {
 impl Offload {
     /// Queues a piece of work of a tenant. With no thread to be had it is dropped undone, which
     /// whoever waits for it can tell.
-    pub fn submit(&self, tenant: TenantId, payer: Arc<dyn Payer>, piece: Piece) {
+    pub fn submit(&self, tenant: TenantId, payer: Option<Arc<dyn Payer>>, piece: Piece) {
         let mut desk = self.shared.desk();
         let lane = desk.lanes.entry(tenant).or_default();
         let task = Task {
@@ -164,7 +165,13 @@ fn serve(shared: &Shared) {
             tracing::error!(%tenant, "work for a guest panicked");
         }
         let ended_ns = clock::thread_cpu_ns();
-        payer.pays(ended_ns - began_ns);
+        let used_ns = ended_ns - began_ns;
+        match payer {
+            Some(payer) => payer.pays(used_ns),
+            None => {
+                shared.host_ns.fetch_add(used_ns, Ordering::Relaxed);
+            }
+        }
         let between = began_ns.saturating_sub(last_ns);
         shared.host_ns.fetch_add(between, Ordering::Relaxed);
         last_ns = ended_ns;
@@ -241,18 +248,18 @@ mod tests {
         for _ in 0..100 {
             let gate = Arc::clone(&gate);
             let piece = move || drop(gate.lock());
-            offload.submit(TenantId::new(1), purse.clone(), Box::new(piece));
+            offload.submit(TenantId::new(1), Some(purse.clone()), Box::new(piece));
         }
         let (done, wait) = mpsc::channel();
         let piece = move || done.send(()).unwrap();
-        offload.submit(TenantId::new(2), purse.clone(), Box::new(piece));
+        offload.submit(TenantId::new(2), Some(purse.clone()), Box::new(piece));
         let within = Duration::from_secs(20);
         assert_eq!(wait.recv_timeout(within), Ok(()));
         assert!(offload.tids().len() <= 5);
         drop(shut);
         let (done, wait) = mpsc::channel();
         let piece = move || done.send(()).unwrap();
-        offload.submit(TenantId::new(1), purse, Box::new(piece));
+        offload.submit(TenantId::new(1), Some(purse), Box::new(piece));
         assert_eq!(wait.recv_timeout(within), Ok(()), "after the others");
     }
 
@@ -263,7 +270,7 @@ mod tests {
         let tenant = TenantId::new(1);
         offload.submit(
             tenant,
-            purse.clone(),
+            Some(purse.clone()),
             Box::new(|| panic!("as it was told to")),
         );
         let (done, wait) = mpsc::channel();
@@ -272,14 +279,14 @@ mod tests {
             while clock::thread_cpu_ns() - begin < 5_000_000 {}
             done.send(()).unwrap();
         };
-        offload.submit(tenant, purse.clone(), Box::new(piece));
+        offload.submit(tenant, Some(purse.clone()), Box::new(piece));
         wait.recv_timeout(Duration::from_secs(20)).unwrap();
         // The thread pays right after it has said so; the next piece comes after that.
         let (done, wait) = mpsc::channel();
         let others = (0..THREADS_MAX).map(|_| done.clone());
         for done in others {
             let piece = move || done.send(()).unwrap();
-            offload.submit(tenant, purse.clone(), Box::new(piece));
+            offload.submit(tenant, Some(purse.clone()), Box::new(piece));
         }
         drop(done);
         while wait.recv().is_ok() {}

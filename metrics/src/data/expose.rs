@@ -40,6 +40,7 @@ impl DataMetrics {
         snapshot.durations(&mut page);
         self.requests(&snapshot, &mut page);
         self.shed_total(&snapshot, &mut page);
+        snapshot.storage(&mut page);
         page.into_text()
     }
 
@@ -316,6 +317,29 @@ impl Snapshot {
                     }
                 }
             },
+        );
+    }
+
+    fn storage(&self, page: &mut Page) {
+        let mut gauge = |name, help, of: fn(&TenantMetrics) -> u64| {
+            page.family(name, Type::Gauge, help, |series| {
+                for tenant in &self.tenants {
+                    let bytes = of(&tenant.metrics);
+                    if bytes != NO_LIMIT {
+                        series.gauge(&[("tenant", tenant.name.as_str())], number(bytes));
+                    }
+                }
+            });
+        };
+        gauge(
+            "insula_storage_bytes",
+            "What the tenant's volumes take.",
+            |metrics| metrics.storage_bytes.load(Relaxed),
+        );
+        gauge(
+            "insula_storage_limit_bytes",
+            "The tenant's storage limit.",
+            |metrics| metrics.storage_limit_bytes.load(Relaxed),
         );
     }
 

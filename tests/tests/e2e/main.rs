@@ -25,3 +25,4 @@ mod samples;
 mod streaming;
 mod tls;
 mod traffic;
+mod volumes;

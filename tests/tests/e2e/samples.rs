@@ -2,10 +2,11 @@
 
 use insula_tests::TestHost;
 
-/// The samples that have a test here, in `main_job` or in `outbound`, by their folders.
-pub(crate) const TESTED: [&str; 7] = [
+/// The samples that have a test here, in `main_job`, `outbound` or `volumes`, by their folders.
+pub(crate) const TESTED: [&str; 8] = [
     "echo",
     "fetch",
+    "files",
     "hello",
     "kernels",
     "markdown",

@@ -122,6 +122,27 @@ CREATE TRIGGER audit_is_kept BEFORE DELETE ON audit
     WHEN old.id > (SELECT max(id) FROM audit) - 100000
     BEGIN SELECT raise(ABORT, 'the audit log is append-only'); END;
 ",
+    "
+CREATE TABLE volumes (
+    id INTEGER PRIMARY KEY AUTOINCREMENT,
+    tenant INTEGER NOT NULL REFERENCES tenants (id) ON DELETE CASCADE,
+    name TEXT NOT NULL,
+    spec TEXT NOT NULL,
+    directory TEXT NOT NULL UNIQUE,
+    read_only INTEGER NOT NULL CHECK (read_only IN (0, 1)),
+    -- The name, at that time, of the volume that it was copied from.
+    origin TEXT,
+    generation INTEGER NOT NULL,
+    created_ms INTEGER NOT NULL,
+    UNIQUE (tenant, name)
+) STRICT;
+CREATE TABLE mounts (
+    service INTEGER NOT NULL REFERENCES services (id) ON DELETE CASCADE,
+    volume INTEGER NOT NULL REFERENCES volumes (id) ON DELETE CASCADE,
+    PRIMARY KEY (service, volume)
+) STRICT, WITHOUT ROWID;
+CREATE INDEX mounts_by_volume ON mounts (volume);
+",
 ];
 
 /// Applies what is missing.
