@@ -83,6 +83,10 @@ pub(crate) struct ServeArgs {
         value_parser = FalseyValueParser::new()
     )]
     pub(crate) machines_on_emulation: bool,
+    /// Networks beside the Internet that guests may send requests to, such as 10.1.0.0/16,fd00::/8
+    /// [default: none]
+    #[arg(long, env = "INSULA_OUTBOUND_NETWORKS", value_name = "CIDR,…")]
+    pub(crate) outbound_networks: Option<String>,
     /// What to log on stderr: error, warn, info, debug, trace, or a filter [default: info]
     #[arg(long, env = "INSULA_LOG", value_name = "LEVEL")]
     pub(crate) log: Option<String>,

@@ -14,7 +14,7 @@
 use std::rc::Rc;
 
 use http::StatusCode;
-use insula_types::{Digest, ServiceId, TenantId, Traffic, VersionNumber};
+use insula_types::{Digest, ServiceId, TenantId, Traffic, VersionNumber, VolumeId};
 
 use serde_json::{Value, json};
 
@@ -401,6 +401,20 @@ pub(crate) async fn tell_again(control: &Control) {
     }
 }
 
+/// The volumes that a service mounts, in its order.
+async fn mounts_of(control: &Control, service: &Service) -> Result<Vec<VolumeId>, ApplyError> {
+    let (tenant, spec) = (service.tenant_name.clone(), service.spec.clone());
+    if spec.volumes.is_empty() {
+        return Ok(Vec::new());
+    }
+    let found = control.store(move |store| {
+        let mounts = spec.volumes.iter();
+        let ids = mounts.map(|mount| store.volume(&tenant, &mount.name).map(|volume| volume.id));
+        ids.collect()
+    });
+    found.await.map_err(ApplyError::Files)
+}
+
 /// Tells data about a service, with the artefacts of the versions that it keeps ready. An artefact
 /// that is missing matters where its version has a share.
 async fn tell_service(control: &Control, service: &Service) -> Result<(), ApplyError> {
@@ -437,6 +451,7 @@ async fn tell_service(control: &Control, service: &Service) -> Result<(), ApplyE
         spec: service.spec.clone(),
         traffic: service.traffic.clone(),
         versions,
+        mounts: mounts_of(control, service).await?,
     };
     Ok(control
         .link

@@ -7,7 +7,10 @@ use serde_json::{Map, Value, json};
 use super::Control;
 use crate::machines::book::Entry;
 use crate::state::machines::{Image, Machine, MachineTotals};
-use crate::state::{Access, AddedVersion, Scope, Service, Tenant, Token, UsageTotals, Version};
+use crate::state::{
+    Access, AddedVersion, Scope, Service, Tenant, Token, UsageTotals, Version, Volume,
+};
+use crate::storage::Usage;
 
 /// Fields of a tenant that the host adds; a document that was read may be put with them.
 pub(super) const TENANT_READ_ONLY: &[&str] = &["generation", "created_at"];
@@ -32,6 +35,17 @@ pub(super) const MACHINE_READ_ONLY: &[&str] = &[
     "monitor_pid",
     "digests",
     "used",
+];
+
+/// Fields of a volume that the host adds.
+pub(super) const VOLUME_READ_ONLY: &[&str] = &[
+    "tenant",
+    "used_bytes",
+    "used_inodes",
+    "read_only",
+    "origin",
+    "generation",
+    "created_at",
 ];
 
 fn with_spec(head: Value, spec: &impl serde::Serialize, tail: Value) -> Value {
@@ -110,6 +124,22 @@ pub(super) fn machine_record(machine: &Machine) -> Value {
             },
             "generation": machine.generation,
             "created_at": machine.created,
+        }),
+    )
+}
+
+/// A volume, and what it takes where that is known.
+pub(super) fn volume(volume: &Volume, used: Option<Usage>) -> Value {
+    with_spec(
+        json!({"name": volume.name, "tenant": volume.tenant_name}),
+        &volume.spec,
+        json!({
+            "used_bytes": used.map(|used| used.bytes),
+            "used_inodes": used.map(|used| used.inodes),
+            "read_only": volume.read_only,
+            "origin": volume.origin,
+            "generation": volume.generation,
+            "created_at": volume.created,
         }),
     )
 }

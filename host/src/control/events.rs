@@ -8,7 +8,7 @@ use insula_vmm::life::State;
 use tokio::sync::broadcast;
 
 use crate::machines::book::Entry;
-use crate::state::{Scope, Service, Tenant, Timestamp};
+use crate::state::{Scope, Service, Tenant, Timestamp, Volume};
 
 /// Events that wait for the slowest reader, at most.
 const BACKLOG: usize = 256;
@@ -140,6 +140,21 @@ impl Events {
             machine: Some(entry.name.clone()),
             version: None,
             reason,
+        });
+    }
+
+    pub(crate) fn volume(&self, kind: &'static str, volume: &Volume) {
+        let time = Timestamp::now();
+        let tenant = Some((volume.tenant, volume.tenant_name.clone()));
+        self.send(Event {
+            id: 0,
+            time,
+            kind,
+            tenant,
+            service: None,
+            machine: None,
+            version: None,
+            reason: Some(format!("volume {}", volume.name)),
         });
     }
 

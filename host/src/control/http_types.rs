@@ -11,7 +11,7 @@ use http::{HeaderMap, Method, Response, StatusCode};
 use http_body_util::{BodyExt, Full, StreamBody};
 use hyper::body::{Frame, Incoming};
 use hyper::upgrade::OnUpgrade;
-use insula_types::{ImageName, MachineName, ServiceName, TenantName};
+use insula_types::{ImageName, MachineName, ServiceName, TenantName, VolumeName};
 use serde_json::{Map, Value};
 
 use super::auth::Caller;
@@ -122,6 +122,7 @@ pub(crate) struct Params {
     pub(crate) service: Option<ServiceName>,
     pub(crate) machine: Option<MachineName>,
     pub(crate) image: Option<ImageName>,
+    pub(crate) volume: Option<VolumeName>,
     pub(crate) id: Option<u64>,
 }
 
@@ -169,6 +170,12 @@ impl Call {
     pub(crate) fn image(&self) -> Result<ImageName, Problem> {
         let image = self.params.image.clone();
         image.ok_or_else(|| Problem::not_found("image"))
+    }
+
+    /// The volume of the path.
+    pub(crate) fn volume(&self) -> Result<VolumeName, Problem> {
+        let volume = self.params.volume.clone();
+        volume.ok_or_else(|| Problem::not_found("volume"))
     }
 
     /// Who calls. The router has authenticated all but the public routes.

@@ -127,7 +127,12 @@ impl DataLink {
         result
     }
 
-    async fn apply_within(&self, body: ToData, timeout: Duration) -> Result<(), LinkError> {
+    /// Sends a change and waits until it is in effect, for as long as that may take.
+    pub(crate) async fn apply_within(
+        &self,
+        body: ToData,
+        timeout: Duration,
+    ) -> Result<(), LinkError> {
         match self.ask(body, timeout).await? {
             Answered::Done(result) => Ok(result?),
             Answered::Collected(_) => Ok(()),

@@ -19,17 +19,18 @@
 //! *Invariant:* nothing on the control thread waits for a disk, a child or another thread.
 
 use std::cell::{Cell, RefCell};
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
 use std::net::SocketAddr;
 use std::rc::Rc;
 
-use insula_types::Digest;
 use insula_types::spec::RequestLimits;
+use insula_types::{Digest, VolumeId};
 use sha2::Digest as _;
 use tokio::sync::{Mutex, Semaphore, watch};
 use tokio::task::JoinSet;
 
 use crate::state::{Blobs, Health, Store, StoreError, Timestamp, Worker};
+use crate::storage::Usage;
 
 mod api;
 mod auth;
@@ -99,6 +100,8 @@ pub(crate) struct Control {
     pub(crate) compilers: Rc<compile::Compilers>,
     pub(crate) link: link::DataLink,
     pub(crate) ledger: RefCell<ledger::Ledger>,
+    /// What volumes take, as data counted it last.
+    pub(crate) volumes: RefCell<HashMap<VolumeId, Usage>>,
     pub(crate) trials: RefCell<trials::Trials>,
     pub(crate) logs: RefCell<logs::Logs>,
     pub(crate) events: events::Events,

@@ -93,6 +93,7 @@ fn parameters() -> Value {
             "Whether a guest that runs is ended without being asked"),
         "timeout_seconds": query("timeout_seconds", json!({"type": "integer", "minimum": 0, "maximum": 600}),
             "How long a guest has for shutting down; 30 where nothing is said"),
+        "volume": name("volume"),
         "id": {"name": "id", "in": "path", "required": true, "schema": {"type": "integer"},
             "description": "The token's id"},
         "limit": query("limit", json!({"type": "integer", "minimum": 1, "maximum": PAGE_MAX}),

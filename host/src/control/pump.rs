@@ -38,6 +38,7 @@ pub(super) async fn pump(control: Rc<Control>, mut reports: mpsc::Receiver<FromD
             FromData::Done { seq, result } => control.link.answer(seq, Answered::Done(result)),
             FromData::Collected { seq, collected } => {
                 control.ledger.borrow_mut().absorb(&collected.usage);
+                control.volumes.borrow_mut().extend(collected.volumes);
                 judge(&control, &collected.versions);
                 for (tenant, service) in collected.broken {
                     control.spawn(reconcile::mend(Rc::clone(&control), tenant, service));

@@ -274,6 +274,7 @@ async fn open(
         health,
         link: DataLink::new(commands),
         ledger: Default::default(),
+        volumes: Default::default(),
         trials: Default::default(),
         logs: Default::default(),
         events: Default::default(),

@@ -208,6 +208,8 @@ pub(super) mod caps {
     pub(in crate::engine) const FIELD_BYTES: usize = 32 << 10;
     /// Bytes of one `get-random-bytes`.
     pub(in crate::engine) const RANDOM_BYTES: u64 = 64 << 10;
+    /// Requests to others that are on their way at once.
+    pub(in crate::engine) const OUTGOING: u32 = 16;
     /// Core instances of one store.
     pub(in crate::engine) const INSTANCES: usize = 32;
     /// Tables of one store.

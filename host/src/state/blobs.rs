@@ -22,6 +22,7 @@ use super::dir::{DataDir, TemporaryDir, private, subdir, sync_dir};
 pub struct Blobs {
     blobs: Dir,
     artefacts: Dir,
+    pub(super) volumes: Dir,
     temporary: Dir,
     /// Names the engine, its configuration and the CPU that artefacts are good for.
     compatibility: String,
@@ -118,6 +119,7 @@ impl Blobs {
         Ok(Self {
             blobs: data.subdir("blobs")?,
             artefacts: data.subdir("artefacts")?,
+            volumes: data.subdir("volumes")?,
             temporary,
             compatibility: compatibility.to_owned(),
             next_temporary: 0,

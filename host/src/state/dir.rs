@@ -8,6 +8,7 @@
 //!   artefact.key     0600, authenticates compiled artefacts
 //!   blobs/<2 hex>/<hex>        uploaded components by SHA-256
 //!   artefacts/<hex>-<compat>   compiled ones
+//!   volumes/<hex>/             what tenants keep
 //!   tmp/             unfinished files; emptied at every start
 //! ```
 

@@ -133,6 +133,20 @@ const TABLE: &[(&str, Body, Rule)] = &[
     ("getImage", Body::Nothing, rules::ANY_READ),
     ("putImage", Body::Image, rules::HOST_WRITE),
     ("deleteImage", Body::Nothing, rules::HOST_WRITE),
+    ("listVolumes", Body::Nothing, rules::OWN_READ),
+    ("getVolume", Body::Nothing, rules::OWN_READ),
+    ("putVolume", Body::Json("{}"), rules::OWN_WRITE),
+    (
+        "snapshotVolume",
+        Body::Json(r#"{"name":"snapshot"}"#),
+        rules::OWN_WRITE,
+    ),
+    (
+        "cloneVolume",
+        Body::Json(r#"{"name":"clone"}"#),
+        rules::OWN_WRITE,
+    ),
+    ("deleteVolume", Body::Nothing, rules::OWN_WRITE),
     ("listTokens", Body::Nothing, rules::ANY_READ),
     (
         "createToken",
@@ -193,6 +207,17 @@ impl<'a> Scene<'a> {
         for (tenant, roles) in [(OWN, [OwnWrite, OwnRead]), (OTHER, [OtherWrite, OtherRead])] {
             let path = format!("/v1/tenants/{tenant}");
             admin.put(&path, &json!({}));
+            for name in [
+                format!("kept-by-{tenant}"),
+                "snapshot".into(),
+                "clone".into(),
+            ] {
+                let path = format!("{path}/volumes/{name}");
+                if admin.request("GET", &path).send().status == 200 {
+                    admin.delete(&path);
+                }
+            }
+            admin.put(&format!("{path}/volumes/kept-by-{tenant}"), &json!({}));
             let path = format!("{path}/services/web-of-{tenant}");
             if admin.request("GET", &path).send().status == 200 {
                 admin.delete(&path);
@@ -234,6 +259,7 @@ impl<'a> Scene<'a> {
             .replace("{service}", &format!("web-of-{OWN}"))
             .replace("{machine}", &format!("web-of-{OWN}"))
             .replace("{image}", "kernel")
+            .replace("{volume}", &format!("kept-by-{OWN}"))
             .replace("{id}", &self.victim);
         let request = match body {
             Body::Nothing => admin.request(method, &path),
