@@ -3,12 +3,14 @@
 
 mod admin;
 mod bad_bytes;
+mod canary;
 mod cli;
 mod curl;
 mod durable;
 mod faults;
 mod fuel;
 mod full;
+mod handmade;
 mod hostile;
 mod ingress;
 mod kills;
