@@ -24,5 +24,6 @@ mod python;
 mod roles;
 mod samples;
 mod streaming;
+mod tampered;
 mod tls;
 mod traffic;
