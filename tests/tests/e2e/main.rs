@@ -3,6 +3,7 @@
 
 mod admin;
 mod bad_bytes;
+mod bombs;
 mod canary;
 mod cli;
 mod curl;
@@ -23,6 +24,7 @@ mod prometheus;
 mod python;
 mod roles;
 mod samples;
+mod specification;
 mod streaming;
 mod tampered;
 mod tls;
