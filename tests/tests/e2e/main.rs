@@ -24,6 +24,7 @@ mod prometheus;
 mod python;
 mod roles;
 mod samples;
+mod schema;
 mod specification;
 mod streaming;
 mod tampered;
