@@ -7,7 +7,8 @@ use std::path::{Path, PathBuf};
 use std::str::FromStr;
 use std::thread::available_parallelism;
 
-use insula_host::config::{DEFAULT_CEILING, DEFAULT_INSTANCES, HostConfig};
+use insula_host::config::{DEFAULT_CEILING, DEFAULT_CODE_IDLE, DEFAULT_INSTANCES, HostConfig};
+use insula_host::control::{AtEnd, MachinesConfig};
 use insula_host::tls::TlsFiles;
 use insula_types::spec::{RequestLimits, is_host_name};
 use insula_types::{Bytes, Millis};
@@ -20,6 +21,9 @@ const DEFAULT_ADMIN: &str = "127.0.0.1:8081";
 const DEFAULT_DOMAIN: &str = "localhost";
 const DEFAULT_DRAIN: Millis = Millis::constant(10_000);
 const DEFAULT_LOG: &str = "info";
+/// What is left is for the host, its services and its monitors.
+const DEFAULT_MACHINE_MEMORY_PERCENT: u32 = 80;
+const MACHINE_MEMORY_PERCENT_MAX: u32 = 1_000;
 /// More threads than any machine that this is meant for has cores.
 const WORKERS_MAX: usize = 1024;
 /// Each holds an address range of its own; beyond this the 47 bits of a process are used up.
@@ -121,10 +125,11 @@ impl Reader {
     }
 }
 
-const KEYS: [&str; 18] = [
+const KEYS: [&str; 21] = [
     "admin",
     "admin_tls_cert",
     "admin_tls_key",
+    "code_idle",
     "data",
     "domain",
     "drain",
@@ -132,6 +137,8 @@ const KEYS: [&str; 18] = [
     "instances",
     "listen",
     "log",
+    "machine_memory_percent",
+    "machines_on_emulation",
     "max_fuel",
     "max_memory",
     "max_request_body",
@@ -181,7 +188,18 @@ pub(crate) fn resolve(
             let bytes = text.parse::<Bytes>();
             bytes.map(Some).map_err(|error| error.to_string())
         }),
+        code_idle: reader.read("code_idle", DEFAULT_CODE_IDLE),
         drain: reader.read("drain", DEFAULT_DRAIN),
+        machines: MachinesConfig {
+            program: std::env::current_exe().unwrap_or_else(|_| PathBuf::from("insula")),
+            memory_percent: reader.read_with(
+                "machine_memory_percent",
+                DEFAULT_MACHINE_MEMORY_PERCENT,
+                |text| number(text, 0, MACHINE_MEMORY_PERCENT_MAX),
+            ),
+            on_emulation: reader.read("machines_on_emulation", false),
+            at_end: AtEnd::RunOn,
+        },
     };
     if !host.admin.ip().is_loopback() && host.admin_tls.is_none() {
         let place = reader.place("admin");
@@ -214,6 +232,10 @@ pub(crate) fn resolve(
             Data::At,
         ),
     };
+    let mut host = host;
+    if data == Data::Temporary {
+        host.machines.at_end = AtEnd::Stop;
+    }
     if reader.mistakes.is_empty() {
         Ok(Settings { host, data, log })
     } else {
@@ -257,10 +279,12 @@ fn read_file(reader: &mut Reader, path: &Path, text: &str) {
 
 fn read_flags(reader: &mut Reader, args: &ServeArgs) {
     let temporary = args.temporary.then(|| true.to_string());
+    let on_emulation = args.machines_on_emulation.then(|| true.to_string());
     let flags = [
         ("admin", &args.admin),
         ("admin_tls_cert", &args.admin_tls_cert),
         ("admin_tls_key", &args.admin_tls_key),
+        ("code_idle", &args.code_idle),
         ("data", &args.data),
         ("domain", &args.domain),
         ("drain", &args.drain),
@@ -268,6 +292,8 @@ fn read_flags(reader: &mut Reader, args: &ServeArgs) {
         ("instances", &args.instances),
         ("listen", &args.listen),
         ("log", &args.log),
+        ("machine_memory_percent", &args.machine_memory_percent),
+        ("machines_on_emulation", &on_emulation),
         ("max_fuel", &args.max_fuel),
         ("max_memory", &args.max_memory),
         ("max_request_body", &args.max_request_body),

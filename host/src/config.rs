@@ -3,6 +3,7 @@
 use std::net::SocketAddr;
 use std::path::PathBuf;
 
+use crate::control::MachinesConfig;
 use insula_types::quantity::{Bytes, Fuel, Millis};
 use insula_types::spec::RequestLimits;
 
@@ -31,8 +32,12 @@ pub struct HostConfig {
     pub instances: u32,
     /// Memory that all guests together may use; three quarters of the machine's when not given.
     pub guest_memory: Option<Bytes>,
+    /// How long the code of a version stays in memory that nobody asks.
+    pub code_idle: Millis,
     /// How long requests may go on after SIGTERM.
     pub drain: Millis,
+    /// Machines: their program, their memory.
+    pub machines: MachinesConfig,
 }
 
 /// How URLs begin that lead to a listener.
@@ -74,6 +79,10 @@ pub const DEFAULT_CEILING: RequestLimits = RequestLimits {
     timeout: Millis::constant(300_000),
     request_body: Bytes::mib(1024),
 };
+
+/// How long unasked code stays when the operator sets nothing: loading a Rust guest's again costs
+/// what a hundred requests cost, which once a minute is nothing.
+pub const DEFAULT_CODE_IDLE: Millis = Millis::constant(60_000);
 
 /// Instances that can be alive at once when the operator sets nothing: `vm.max_map_count` of a
 /// stock kernel (65,530) divided by the handful of mappings that a pooled instance takes.

@@ -7,7 +7,7 @@ use tokio::sync::mpsc;
 use tokio::time::MissedTickBehavior;
 
 use super::link::Answered;
-use super::{Control, Readiness, deploy};
+use super::{Control, Readiness, deploy, reconcile};
 use crate::messages::{FromData, VersionDelta};
 
 /// How often data is asked what it counted.
@@ -39,6 +39,9 @@ pub(super) async fn pump(control: Rc<Control>, mut reports: mpsc::Receiver<FromD
             FromData::Collected { seq, collected } => {
                 control.ledger.borrow_mut().absorb(&collected.usage);
                 judge(&control, &collected.versions);
+                for (tenant, service) in collected.broken {
+                    control.spawn(reconcile::mend(Rc::clone(&control), tenant, service));
+                }
                 control
                     .link
                     .answer(seq, Answered::Collected(collected.metrics));

@@ -9,7 +9,7 @@
 
 use std::rc::Rc;
 
-use insula_types::{Digest, Traffic};
+use insula_types::{Digest, ServiceName, TenantName, Traffic};
 
 use super::compile::Ticket;
 use super::deploy::{self, ApplyError};
@@ -24,6 +24,8 @@ use crate::state::{Page, Service, Tenant};
 pub(super) async fn reconcile(control: &Rc<Control>) -> Result<(), Problem> {
     let stored = control.store(|store| store.usage()).await?;
     control.ledger.borrow_mut().load(stored);
+    let stored = control.store(|store| store.machine_usage()).await?;
+    control.ledger.borrow_mut().load_machines(stored);
     let referenced = control.digests().await?;
     let removed = control
         .files
@@ -48,6 +50,7 @@ pub(super) async fn reconcile(control: &Rc<Control>) -> Result<(), Problem> {
             break;
         }
     }
+    super::machines::find(control).await?;
     control.link.apply(ToData::Open).await?;
     if broken.is_empty() {
         control.readiness.set(Readiness::Ready);
@@ -171,6 +174,23 @@ async fn recompile(control: &Rc<Control>, broken: &Service) -> Result<(), Proble
             Ok(())
         }
         Err(problem) => Err(problem),
+    }
+}
+
+/// Compiles what data could not load any more when a request came.
+pub(super) async fn mend(control: Rc<Control>, tenant: TenantName, name: ServiceName) {
+    tracing::error!(%tenant, service = %name, "its compiled code was damaged; it is compiled again");
+    let asked = (tenant.clone(), name.clone());
+    let mended = async {
+        let service = control
+            .store(move |store| store.service(&asked.0, &asked.1))
+            .await?;
+        recompile(&control, &service).await
+    };
+    if let Err(problem) = mended.await {
+        tracing::error!(
+            %tenant, service = %name, problem = problem.detail(), "a service is not served"
+        );
     }
 }
 
