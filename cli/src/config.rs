@@ -361,6 +361,7 @@ where
 #[cfg(test)]
 mod tests {
     use clap::Parser;
+    use proptest::prelude::*;
 
     use super::*;
     use crate::args::{Cli, Verb};
@@ -385,6 +386,44 @@ mod tests {
         assert_eq!(settings.host.admin.to_string(), DEFAULT_ADMIN);
         assert_eq!(settings.data, Data::At("/default".into()));
         assert_eq!(settings.host.ceiling, DEFAULT_CEILING);
+    }
+
+    /// A line of a file, or what somebody may take for one.
+    fn line() -> impl Strategy<Value = String> {
+        let key = prop_oneof![
+            9 => proptest::sample::select(KEYS.to_vec()).prop_map(str::to_owned),
+            1 => "[a-z_\\[\\]\"#.]{0,12}",
+        ];
+        let value = prop_oneof![
+            "-?[0-9]{1,21}",
+            "true|false",
+            "\"[0-9.:\\[\\]]{0,24}\"",
+            "\"[0-9]{1,12}(ms|s|m|h|MiB|GB|G|k)?\"",
+            "\"[a-z/.]{0,12}\"",
+            "\\[[0-9, ]{0,8}\\]|\\{[a-z= ]{0,8}\\}",
+            any::<String>(),
+        ];
+        (key, value).prop_map(|(key, value)| format!("{key} = {value}\n"))
+    }
+
+    proptest! {
+        /// For longer: `cargo xtask fuzz config --seconds N`.
+        #[test]
+        fn any_file_is_taken_or_told_all_that_is_wrong(
+            lines in proptest::collection::vec(line(), 0..6),
+            noise in prop_oneof![9 => Just(String::new()), 1 => any::<String>()],
+        ) {
+            match resolved(&[], &(lines.concat() + &noise)) {
+                Ok(settings) => {
+                    prop_assert!(settings.host.workers > 0 && settings.host.instances > 0);
+                    prop_assert!(settings.host.admin.ip().is_loopback() || settings.host.admin_tls.is_some());
+                }
+                Err(Mistakes(mistakes)) => {
+                    prop_assert!(!mistakes.is_empty());
+                    prop_assert!(mistakes.iter().all(|mistake| mistake.contains(": ")));
+                }
+            }
+        }
     }
 
     #[test]

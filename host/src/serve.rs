@@ -110,7 +110,9 @@ impl Host {
         let key = artefact_key(&directory).map_err(StartError::Key)?;
         let seal: Seal = {
             let key = ArtefactKey::from_bytes(key);
-            Arc::new(move |digest, artefact| artefact::seal(&key, digest, artefact))
+            Arc::new(move |digest, artefact| {
+                artefact::seal(&key, digest, artefact).map(|head| head.to_vec())
+            })
         };
         let (commands, commands_in) = mpsc::channel(COMMAND_QUEUE);
         let (reports_out, reports) = mpsc::channel(REPORT_QUEUE);

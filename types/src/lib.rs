@@ -15,6 +15,8 @@
 //! * [`outcome`]: how a request can end, in the words that metrics, logs and problems share
 #![forbid(unsafe_code)]
 
+#[cfg(test)]
+mod fuzz;
 pub mod machine;
 pub mod name;
 pub mod outbound;

@@ -10,8 +10,10 @@ use std::collections::HashSet;
 use std::fs::File;
 use std::io::{self, Write};
 
-use cap_std::fs::Dir;
+use cap_std::fs::{Dir, OpenOptions, OpenOptionsExt};
 use insula_types::Digest;
+use rustix::fs::OFlags;
+use rustix::io::Errno;
 use sha2::Digest as _;
 
 use super::Health;
@@ -179,15 +181,23 @@ impl Blobs {
         self.health.after_sync(sync_dir(&directory))
     }
 
-    /// Opens a file for reading; `None` when there is none.
+    /// Opens a file for reading; `None` when there is none. What is there and is no file of ours (a
+    /// link, a pipe whose opening would wait for a writer) counts as none, and is replaced when one
+    /// is placed.
     ///
     /// # Errors
     /// Those of the file system.
     pub fn find(&self, kind: Kind, digest: &Digest) -> io::Result<Option<File>> {
+        const SURE: OFlags = OFlags::NOFOLLOW.union(OFlags::NONBLOCK);
         let (directory, name) = self.place_of(kind, digest)?;
-        match directory.open(&name) {
-            Ok(file) => Ok(Some(file.into_std())),
+        let mut options = OpenOptions::new();
+        options.read(true).custom_flags(SURE.bits().cast_signed());
+        match directory.open_with(&name, &options) {
+            Ok(file) if file.metadata()?.is_file() => Ok(Some(file.into_std())),
+            Ok(_) => Ok(None),
             Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+            // A link, or a socket.
+            Err(error) if no_file(&error) => Ok(None),
             Err(error) => Err(error),
         }
     }
@@ -247,6 +257,12 @@ impl Blobs {
         }
         Ok(removed)
     }
+}
+
+fn no_file(error: &io::Error) -> bool {
+    [Errno::LOOP, Errno::NXIO]
+        .iter()
+        .any(|errno| error.raw_os_error() == Some(errno.raw_os_error()))
 }
 
 #[cfg(test)]
@@ -312,6 +328,29 @@ mod tests {
         health.stop("fsync");
         assert!(blobs.remove(&digest).is_err());
         assert!(blobs.collect_garbage(&HashSet::new()).is_err());
+        assert!(blobs.find(Kind::Component, &digest).unwrap().is_some());
+    }
+
+    #[test]
+    fn a_link_and_a_pipe_in_its_place_are_no_blob() {
+        let path = tempfile::tempdir().unwrap();
+        let data = DataDir::open(path.path()).unwrap();
+        let mut blobs = blobs(&data);
+        let other = put(&mut blobs, Kind::Component, b"other");
+        let digest = put(&mut blobs, Kind::Component, b"own");
+        let place = |digest: &Digest| {
+            let hex = digest.hex();
+            path.path().join("blobs").join(&hex[..2]).join(&hex)
+        };
+        let own = place(&digest);
+        std::fs::remove_file(&own).unwrap();
+        std::os::unix::fs::symlink(place(&other), &own).unwrap();
+        assert!(blobs.find(Kind::Component, &digest).unwrap().is_none());
+        std::fs::remove_file(&own).unwrap();
+        let made = std::process::Command::new("mkfifo").arg(&own).status();
+        assert!(made.unwrap().success());
+        assert!(blobs.find(Kind::Component, &digest).unwrap().is_none());
+        put(&mut blobs, Kind::Component, b"own");
         assert!(blobs.find(Kind::Component, &digest).unwrap().is_some());
     }
 

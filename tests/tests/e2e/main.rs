@@ -3,6 +3,8 @@
 
 mod admin;
 mod bad_bytes;
+mod bombs;
+mod canary;
 mod cli;
 mod cold;
 mod curl;
@@ -10,6 +12,7 @@ mod durable;
 mod faults;
 mod fuel;
 mod full;
+mod handmade;
 mod hostile;
 mod ingress;
 mod kills;
@@ -25,7 +28,10 @@ mod python;
 mod reuse;
 mod roles;
 mod samples;
+mod schema;
+mod specification;
 mod streaming;
+mod tampered;
 mod tls;
 mod traffic;
 mod volumes;

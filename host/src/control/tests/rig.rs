@@ -150,7 +150,8 @@ impl Rig {
             },
             seal: Arc::new(move |_, artefact| {
                 counting.fetch_add(1, Ordering::SeqCst);
-                [b"sealed:", artefact].concat()
+                std::io::copy(artefact, &mut std::io::sink())?;
+                Ok(b"sealed:".to_vec())
             }),
         };
         let control = start(config, data, commands, reports_in).unwrap();
