@@ -372,6 +372,7 @@ impl Desk {
         let offload = self.pool.offload();
         let tenant = self.tenants.entry(id).or_insert_with(|| Tenant {
             entry: Arc::new(TenantEntry {
+                owed: Default::default(),
                 id,
                 metrics: metrics.tenant(&name),
                 name,

@@ -1,6 +1,7 @@
 //! The Insula host: many tenants' services on one machine.
 //!
 //! * [`config`]: what the host runs with
+//! * [`machines`]: full guests, a process each
 //! * [`messages`]: all that crosses between control and data
 //! * [`engine`]: the only place that names wasmtime
 //! * [`pool`]: worker threads and the dispatcher that polls guests in the scheduler's order
@@ -19,6 +20,7 @@ pub mod control;
 pub mod data;
 pub mod engine;
 pub mod ingress;
+pub mod machines;
 pub mod messages;
 pub mod outbound;
 pub mod pool;

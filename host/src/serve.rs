@@ -144,6 +144,7 @@ impl Host {
                 compatibility: crate::engine::compatibility(),
                 compiler,
                 seal,
+                machines: config.machines,
             },
             directory,
             commands,

@@ -63,6 +63,7 @@ const FENCED: [Fenced; 4] = [
             "host/src/control",
             "host/src/outbound",
             "cli/src/client.rs",
+            "cli/src/client",
         ],
     },
     Fenced {

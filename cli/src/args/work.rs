@@ -76,6 +76,17 @@ pub(crate) struct ServeArgs {
     /// [default: none]
     #[arg(long, env = "INSULA_OUTBOUND_NETWORKS", value_name = "CIDR,…")]
     pub(crate) outbound_networks: Option<String>,
+    /// Of this machine's memory, what running machines may be promised together, in percent; more
+    /// than 100 promises what is not there [default: 80]
+    #[arg(long, env = "INSULA_MACHINE_MEMORY_PERCENT", value_name = "PERCENT")]
+    pub(crate) machine_memory_percent: Option<String>,
+    /// Start machines also where KVM emulates every instruction: nothing but tests runs there
+    #[arg(
+        long,
+        env = "INSULA_MACHINES_ON_EMULATION",
+        value_parser = FalseyValueParser::new()
+    )]
+    pub(crate) machines_on_emulation: bool,
     /// What to log on stderr: error, warn, info, debug, trace, or a filter [default: info]
     #[arg(long, env = "INSULA_LOG", value_name = "LEVEL")]
     pub(crate) log: Option<String>,

@@ -25,6 +25,8 @@ use crate::state::{Page, Service, Tenant};
 pub(super) async fn reconcile(control: &Rc<Control>) -> Result<(), Problem> {
     let stored = control.store(|store| store.usage()).await?;
     control.ledger.borrow_mut().load(stored);
+    let stored = control.store(|store| store.machine_usage()).await?;
+    control.ledger.borrow_mut().load_machines(stored);
     let referenced = control.digests().await?;
     let removed = control
         .files
@@ -57,6 +59,7 @@ pub(super) async fn reconcile(control: &Rc<Control>) -> Result<(), Problem> {
             break;
         }
     }
+    super::machines::find(control).await?;
     control.link.apply(ToData::Open).await?;
     if broken.is_empty() {
         control.readiness.set(Readiness::Ready);

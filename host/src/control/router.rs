@@ -8,7 +8,8 @@ use http::Method;
 
 use super::Control;
 use super::api::{
-    audit, backup, host, services, streams, tenants, tokens, usage, versions, volumes,
+    audit, backup, host, images, machines, services, streams, tenants, tokens, usage, versions,
+    volumes,
 };
 use super::auth::Need;
 use super::http_types::{Call, Params};
@@ -26,6 +27,8 @@ pub(super) enum Takes {
     Json(&'static str),
     /// A component.
     Wasm,
+    /// Any bytes.
+    Bytes,
 }
 
 /// What a route gives when it succeeds.
@@ -43,6 +46,8 @@ pub(super) enum Gives {
     Put(&'static str),
     /// 200 with another media type.
     Media(&'static str),
+    /// 101, and from then on another protocol.
+    Upgrade,
 }
 
 /// One operation.
@@ -79,7 +84,7 @@ macro_rules! routes {
 }
 
 use Gives::{Created, Json, List, Media, Put};
-use Takes::{Json as Body, Nothing, Wasm};
+use Takes::{Bytes, Json as Body, Nothing, Wasm};
 
 /// Everything that the admin API answers.
 pub(super) static ROUTES: &[Route] = routes! {
@@ -148,6 +153,48 @@ pub(super) static ROUTES: &[Route] = routes! {
     POST "/v1/tenants/{tenant}/volumes/{volume}/clone" Need::Tenant(Write),
         "cloneVolume" = volumes::clone,
         "Make a volume of what this one holds now", [], Body("VolumeCopy") => Created("Volume");
+    GET "/v1/tenants/{tenant}/machines" Need::Tenant(Read), "listMachines" = machines::index,
+        "A tenant's machines by name", ["limit", "continue"], Nothing => List("Machine");
+    GET "/v1/tenants/{tenant}/machines/{machine}" Need::Tenant(Read), "getMachine" = machines::get,
+        "A machine", [], Nothing => Json("Machine");
+    PUT "/v1/tenants/{tenant}/machines/{machine}" Need::Tenant(Write),
+        "putMachine" = machines::put,
+        "Define a machine, or replace its spec from its next start on", [],
+        Body("MachineSpec") => Put("Machine");
+    DELETE "/v1/tenants/{tenant}/machines/{machine}" Need::Tenant(Write),
+        "deleteMachine" = machines::delete,
+        "Delete a machine and what its guest wrote; with force also one that runs", ["force"],
+        Nothing => Gives::Nothing;
+    POST "/v1/tenants/{tenant}/machines/{machine}/start" Need::Tenant(Write),
+        "startMachine" = machines::start,
+        "Boot a machine; answers when its guest runs", [], Nothing => Json("Machine");
+    POST "/v1/tenants/{tenant}/machines/{machine}/stop" Need::Tenant(Write),
+        "stopMachine" = machines::stop,
+        "Press the power button and, after a time or at once with force, end the machine",
+        ["force", "timeout_seconds"], Nothing => Json("Machine");
+    POST "/v1/tenants/{tenant}/machines/{machine}/pause" Need::Tenant(Write),
+        "pauseMachine" = machines::pause,
+        "Stop a machine between two instructions", [], Nothing => Json("Machine");
+    POST "/v1/tenants/{tenant}/machines/{machine}/resume" Need::Tenant(Write),
+        "resumeMachine" = machines::resume,
+        "Let a paused machine go on", [], Nothing => Json("Machine");
+    POST "/v1/tenants/{tenant}/machines/{machine}/reset" Need::Tenant(Write),
+        "resetMachine" = machines::reset,
+        "Press the reset button", [], Nothing => Json("Machine");
+    GET "/v1/tenants/{tenant}/machines/{machine}/console" Need::Tenant(Write),
+        "getConsole" = machines::console,
+        "The machine's console, both ways, by an upgrade to insula-console", [],
+        Nothing => Gives::Upgrade;
+    GET "/v1/images" Need::Any(Read), "listImages" = images::index,
+        "Kernels, initial ramdisks and disks, by name", ["limit", "continue"],
+        Nothing => List("Image");
+    GET "/v1/images/{image}" Need::Any(Read), "getImage" = images::get,
+        "An image", [], Nothing => Json("Image");
+    PUT "/v1/images/{image}" Need::Host(Write), "putImage" = images::put,
+        "Upload an image", [], Bytes => Put("Image");
+    DELETE "/v1/images/{image}" Need::Host(Write), "deleteImage" = images::delete,
+        "Delete an image; machines that were made with it keep its content", [],
+        Nothing => Gives::Nothing;
     GET "/v1/tokens" Need::Any(Read), "listTokens" = tokens::index,
         "Tokens, without their secrets", ["limit", "continue"], Nothing => List("Token");
     POST "/v1/tokens" Need::Any(Write), "createToken" = tokens::create,
@@ -233,6 +280,10 @@ fn params(segments: &[(&'static str, &str)], method: &Method) -> Result<Params, 
                 params.service = Some(text.parse().map_err(|error| bad("service", error))?);
             }
             "volume" => params.volume = Some(text.parse().map_err(|error| bad("volume", error))?),
+            "machine" => {
+                params.machine = Some(text.parse().map_err(|error| bad("machine", error))?);
+            }
+            "image" => params.image = Some(text.parse().map_err(|error| bad("image", error))?),
             _ => params.id = Some(text.parse().map_err(|_| Problem::not_found("token"))?),
         }
     }

@@ -15,6 +15,7 @@ use super::auth::{self, AdminTokenError};
 use super::compile::{Compiler, Compilers, Seal};
 use super::link::DataLink;
 use super::machine::Machine;
+use super::machines::{self, MachinesConfig, Told};
 use super::{Control, Readiness, STREAMS_MAX, pump, reconcile, server};
 use crate::config::UrlScheme;
 use crate::messages::{Command, FromData};
@@ -47,6 +48,8 @@ pub struct ControlConfig {
     pub compiler: Compiler,
     /// How to seal what was compiled.
     pub seal: Seal,
+    /// What the operator decided about machines.
+    pub machines: MachinesConfig,
 }
 
 impl ControlConfig {
@@ -204,8 +207,10 @@ async fn run(
     started: &Started,
     stopped: oneshot::Receiver<Duration>,
 ) -> Result<(), StartError> {
-    let (control, listener) = open(config, data, commands).await?;
+    let (control, listener, told) = open(config, data, commands).await?;
     let mut background = JoinSet::new();
+    background.spawn_local(machines::pump(Rc::clone(&control), told));
+    background.spawn_local(machines::share(Rc::clone(&control)));
     background.spawn_local(pump::pump(Rc::clone(&control), reports));
     let reconciled = reconcile::reconcile(&control).await;
     reconciled.map_err(|problem| StartError::Reconcile(problem.detail().to_owned()))?;
@@ -217,6 +222,7 @@ async fn run(
     let drain = server::serve(Rc::clone(&control), listener, stopped).await;
     control.readiness.set(Readiness::Stopping);
     control.compilers.stop();
+    control.leave_machines().await;
     control.finish_tasks().await;
     if let Err(error) = control.link.drain(drain).await {
         tracing::warn!(%error, "the data plane did not drain");
@@ -236,7 +242,7 @@ async fn open(
     config: ControlConfig,
     data: &DataDir,
     commands: mpsc::Sender<Command>,
-) -> Result<(Rc<Control>, TcpListener), StartError> {
+) -> Result<(Rc<Control>, TcpListener, Told), StartError> {
     let address = config.admin;
     if !address.ip().is_loopback() && config.certificate.is_none() {
         return Err(StartError::Exposed(address));
@@ -249,7 +255,9 @@ async fn open(
     let listen = |source| StartError::Listen { address, source };
     let listener = TcpListener::bind(address).await.map_err(listen)?;
     let admin = listener.local_addr().map_err(listen)?;
+    let (machines, told) = machines::Room::open(data, config.machines.clone())?;
     let control = Control {
+        machines,
         compilers: Rc::new(Compilers::start(&config.compiler, &config.seal)?),
         config,
         ingress: std::cell::Cell::new(None),
@@ -275,5 +283,5 @@ async fn open(
         backup_runs: Default::default(),
         tasks: Default::default(),
     };
-    Ok((Rc::new(control), listener))
+    Ok((Rc::new(control), listener, told))
 }
