@@ -61,9 +61,9 @@ const FENCED: [Fenced; 4] = [
         homes: &[
             "host/src/ingress",
             "host/src/control",
+            "host/src/outbound",
             "cli/src/client.rs",
             "cli/src/client",
-            "host/src/outbound",
         ],
     },
     Fenced {

@@ -84,6 +84,18 @@ impl Actor {
         self.did(Some(owner), subject, before, after)
     }
 
+    /// Changed a volume.
+    pub(crate) fn volume(
+        &self,
+        volume: &Volume,
+        before: Option<Value>,
+        after: Option<Value>,
+    ) -> Audit {
+        let owner = (volume.tenant, volume.tenant_name.clone());
+        let subject = format!("{}/volumes/{}", volume.tenant_name, volume.name);
+        self.did(Some(owner), subject, before, after)
+    }
+
     /// Changed a machine.
     pub(crate) fn machine(
         &self,
@@ -104,18 +116,6 @@ impl Actor {
         after: Option<Value>,
     ) -> Audit {
         self.did(None, format!("image {}", image.name), before, after)
-    }
-
-    /// Changed a volume.
-    pub(crate) fn volume(
-        &self,
-        volume: &Volume,
-        before: Option<Value>,
-        after: Option<Value>,
-    ) -> Audit {
-        let owner = (volume.tenant, volume.tenant_name.clone());
-        let subject = format!("{}/volumes/{}", volume.tenant_name, volume.name);
-        self.did(Some(owner), subject, before, after)
     }
 
     /// Changed a token.

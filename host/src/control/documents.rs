@@ -25,6 +25,16 @@ pub(super) const SERVICE_READ_ONLY: &[&str] = &[
     "traffic",
 ];
 
+/// Fields of a volume that the host adds.
+pub(super) const VOLUME_READ_ONLY: &[&str] = &[
+    "tenant",
+    "used_bytes",
+    "used_inodes",
+    "read_only",
+    "origin",
+    "generation",
+    "created_at",
+];
 /// Fields of a machine that the host adds.
 pub(super) const MACHINE_READ_ONLY: &[&str] = &[
     "tenant",
@@ -35,17 +45,6 @@ pub(super) const MACHINE_READ_ONLY: &[&str] = &[
     "monitor_pid",
     "digests",
     "used",
-];
-
-/// Fields of a volume that the host adds.
-pub(super) const VOLUME_READ_ONLY: &[&str] = &[
-    "tenant",
-    "used_bytes",
-    "used_inodes",
-    "read_only",
-    "origin",
-    "generation",
-    "created_at",
 ];
 
 fn with_spec(head: Value, spec: &impl serde::Serialize, tail: Value) -> Value {
@@ -87,6 +86,22 @@ pub(super) fn service_record(service: &Service) -> Value {
     )
 }
 
+/// A volume, and what it takes where that is known.
+pub(super) fn volume(volume: &Volume, used: Option<Usage>) -> Value {
+    with_spec(
+        json!({"name": volume.name, "tenant": volume.tenant_name}),
+        &volume.spec,
+        json!({
+            "used_bytes": used.map(|used| used.bytes),
+            "used_inodes": used.map(|used| used.inodes),
+            "read_only": volume.read_only,
+            "origin": volume.origin,
+            "generation": volume.generation,
+            "created_at": volume.created,
+        }),
+    )
+}
+
 /// A machine, with what it does now.
 pub(super) fn machine(machine: &Machine, entry: Option<&Entry>) -> Value {
     let mut document = machine_record(machine);
@@ -124,22 +139,6 @@ pub(super) fn machine_record(machine: &Machine) -> Value {
             },
             "generation": machine.generation,
             "created_at": machine.created,
-        }),
-    )
-}
-
-/// A volume, and what it takes where that is known.
-pub(super) fn volume(volume: &Volume, used: Option<Usage>) -> Value {
-    with_spec(
-        json!({"name": volume.name, "tenant": volume.tenant_name}),
-        &volume.spec,
-        json!({
-            "used_bytes": used.map(|used| used.bytes),
-            "used_inodes": used.map(|used| used.inodes),
-            "read_only": volume.read_only,
-            "origin": volume.origin,
-            "generation": volume.generation,
-            "created_at": volume.created,
         }),
     )
 }

@@ -124,6 +124,21 @@ impl Events {
         });
     }
 
+    pub(crate) fn volume(&self, kind: &'static str, volume: &Volume) {
+        let time = Timestamp::now();
+        let tenant = Some((volume.tenant, volume.tenant_name.clone()));
+        self.send(Event {
+            id: 0,
+            time,
+            kind,
+            tenant,
+            service: None,
+            machine: None,
+            version: None,
+            reason: Some(format!("volume {}", volume.name)),
+        });
+    }
+
     /// A machine is in another state.
     pub(crate) fn machine(&self, entry: &Entry) {
         let state = entry.state();
@@ -140,21 +155,6 @@ impl Events {
             machine: Some(entry.name.clone()),
             version: None,
             reason,
-        });
-    }
-
-    pub(crate) fn volume(&self, kind: &'static str, volume: &Volume) {
-        let time = Timestamp::now();
-        let tenant = Some((volume.tenant, volume.tenant_name.clone()));
-        self.send(Event {
-            id: 0,
-            time,
-            kind,
-            tenant,
-            service: None,
-            machine: None,
-            version: None,
-            reason: Some(format!("volume {}", volume.name)),
         });
     }
 

@@ -120,9 +120,9 @@ impl Reply {
 pub(crate) struct Params {
     pub(crate) tenant: Option<TenantName>,
     pub(crate) service: Option<ServiceName>,
+    pub(crate) volume: Option<VolumeName>,
     pub(crate) machine: Option<MachineName>,
     pub(crate) image: Option<ImageName>,
-    pub(crate) volume: Option<VolumeName>,
     pub(crate) id: Option<u64>,
 }
 
@@ -160,6 +160,12 @@ impl Call {
             .ok_or_else(|| Problem::not_found("service"))
     }
 
+    /// The volume of the path.
+    pub(crate) fn volume(&self) -> Result<VolumeName, Problem> {
+        let volume = self.params.volume.clone();
+        volume.ok_or_else(|| Problem::not_found("volume"))
+    }
+
     /// The machine of the path.
     pub(crate) fn machine(&self) -> Result<MachineName, Problem> {
         let machine = self.params.machine.clone();
@@ -170,12 +176,6 @@ impl Call {
     pub(crate) fn image(&self) -> Result<ImageName, Problem> {
         let image = self.params.image.clone();
         image.ok_or_else(|| Problem::not_found("image"))
-    }
-
-    /// The volume of the path.
-    pub(crate) fn volume(&self) -> Result<VolumeName, Problem> {
-        let volume = self.params.volume.clone();
-        volume.ok_or_else(|| Problem::not_found("volume"))
     }
 
     /// Who calls. The router has authenticated all but the public routes.

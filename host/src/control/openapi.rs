@@ -86,6 +86,7 @@ fn parameters() -> Value {
     json!({
         "tenant": name("tenant"),
         "service": name("service"),
+        "volume": name("volume"),
         "machine": name("machine"),
         "image": {"name": "image", "in": "path", "required": true,
             "schema": reference("ImageName"), "description": "The image's name"},
@@ -93,7 +94,6 @@ fn parameters() -> Value {
             "Whether a guest that runs is ended without being asked"),
         "timeout_seconds": query("timeout_seconds", json!({"type": "integer", "minimum": 0, "maximum": 600}),
             "How long a guest has for shutting down; 30 where nothing is said"),
-        "volume": name("volume"),
         "id": {"name": "id", "in": "path", "required": true, "schema": {"type": "integer"},
             "description": "The token's id"},
         "limit": query("limit", json!({"type": "integer", "minimum": 1, "maximum": PAGE_MAX}),

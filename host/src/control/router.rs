@@ -135,6 +135,24 @@ pub(super) static ROUTES: &[Route] = routes! {
         "getLogs" = streams::logs,
         "The last lines of a service's log, and with follow those to come", ["follow", "tail"],
         Nothing => Media("application/x-ndjson");
+    GET "/v1/tenants/{tenant}/volumes" Need::Tenant(Read), "listVolumes" = volumes::index,
+        "A tenant's volumes by name", ["limit", "continue"], Nothing => List("Volume");
+    GET "/v1/tenants/{tenant}/volumes/{volume}" Need::Tenant(Read), "getVolume" = volumes::get,
+        "A volume, and what it takes", [], Nothing => Json("Volume");
+    PUT "/v1/tenants/{tenant}/volumes/{volume}" Need::Tenant(Write),
+        "putVolume" = volumes::put,
+        "Create a volume or change how much it holds", [], Body("VolumeSpec") => Put("Volume");
+    DELETE "/v1/tenants/{tenant}/volumes/{volume}" Need::Tenant(Write),
+        "deleteVolume" = volumes::delete,
+        "Delete a volume that no service mounts, and all that is in it", [],
+        Nothing => Gives::Nothing;
+    POST "/v1/tenants/{tenant}/volumes/{volume}/snapshot" Need::Tenant(Write),
+        "snapshotVolume" = volumes::snapshot,
+        "Make a volume of what this one holds now, to be read only", [],
+        Body("VolumeCopy") => Created("Volume");
+    POST "/v1/tenants/{tenant}/volumes/{volume}/clone" Need::Tenant(Write),
+        "cloneVolume" = volumes::clone,
+        "Make a volume of what this one holds now", [], Body("VolumeCopy") => Created("Volume");
     GET "/v1/tenants/{tenant}/machines" Need::Tenant(Read), "listMachines" = machines::index,
         "A tenant's machines by name", ["limit", "continue"], Nothing => List("Machine");
     GET "/v1/tenants/{tenant}/machines/{machine}" Need::Tenant(Read), "getMachine" = machines::get,
@@ -177,24 +195,6 @@ pub(super) static ROUTES: &[Route] = routes! {
     DELETE "/v1/images/{image}" Need::Host(Write), "deleteImage" = images::delete,
         "Delete an image; machines that were made with it keep its content", [],
         Nothing => Gives::Nothing;
-    GET "/v1/tenants/{tenant}/volumes" Need::Tenant(Read), "listVolumes" = volumes::index,
-        "A tenant's volumes by name", ["limit", "continue"], Nothing => List("Volume");
-    GET "/v1/tenants/{tenant}/volumes/{volume}" Need::Tenant(Read), "getVolume" = volumes::get,
-        "A volume, and what it takes", [], Nothing => Json("Volume");
-    PUT "/v1/tenants/{tenant}/volumes/{volume}" Need::Tenant(Write),
-        "putVolume" = volumes::put,
-        "Create a volume or change how much it holds", [], Body("VolumeSpec") => Put("Volume");
-    DELETE "/v1/tenants/{tenant}/volumes/{volume}" Need::Tenant(Write),
-        "deleteVolume" = volumes::delete,
-        "Delete a volume that no service mounts, and all that is in it", [],
-        Nothing => Gives::Nothing;
-    POST "/v1/tenants/{tenant}/volumes/{volume}/snapshot" Need::Tenant(Write),
-        "snapshotVolume" = volumes::snapshot,
-        "Make a volume of what this one holds now, to be read only", [],
-        Body("VolumeCopy") => Created("Volume");
-    POST "/v1/tenants/{tenant}/volumes/{volume}/clone" Need::Tenant(Write),
-        "cloneVolume" = volumes::clone,
-        "Make a volume of what this one holds now", [], Body("VolumeCopy") => Created("Volume");
     GET "/v1/tokens" Need::Any(Read), "listTokens" = tokens::index,
         "Tokens, without their secrets", ["limit", "continue"], Nothing => List("Token");
     POST "/v1/tokens" Need::Any(Write), "createToken" = tokens::create,
@@ -279,11 +279,11 @@ fn params(segments: &[(&'static str, &str)], method: &Method) -> Result<Params, 
             "service" => {
                 params.service = Some(text.parse().map_err(|error| bad("service", error))?);
             }
+            "volume" => params.volume = Some(text.parse().map_err(|error| bad("volume", error))?),
             "machine" => {
                 params.machine = Some(text.parse().map_err(|error| bad("machine", error))?);
             }
             "image" => params.image = Some(text.parse().map_err(|error| bad("image", error))?),
-            "volume" => params.volume = Some(text.parse().map_err(|error| bad("volume", error))?),
             _ => params.id = Some(text.parse().map_err(|_| Problem::not_found("token"))?),
         }
     }

@@ -32,14 +32,14 @@ pub struct TenantEntry {
     pub memory: Arc<TenantMemory>,
     /// Its metric series.
     pub metrics: Arc<TenantMetrics>,
-    /// CPU time of its connections, in nanoseconds, that the scheduler has not charged yet.
-    pub owed: AtomicU64,
     /// Its volumes together.
     pub storage: Arc<TenantStorage>,
     /// Where its blocking work is done.
     pub offload: Arc<Offload>,
     /// For requests that its guests send.
     pub places: Arc<Places>,
+    /// CPU time of its connections, in nanoseconds, that the scheduler has not charged yet.
+    pub owed: AtomicU64,
 }
 
 impl TenantEntry {

@@ -101,15 +101,6 @@ pub enum StoreError {
     /// Another service has this route, or another tenant has its host.
     #[error("the route {0:?} belongs to another service, or its host to another tenant")]
     RouteTaken(String),
-    /// A machine names an image that there is not.
-    #[error("there is no image {0}")]
-    NoImage(ImageName),
-    /// A tenant has machines, and cannot be deleted.
-    #[error("the tenant has {count} machines; delete them first")]
-    HasMachines {
-        /// How many.
-        count: u64,
-    },
     /// A service mounts a volume that there is not.
     #[error("volumes: the tenant has no volume {0:?}")]
     UnknownVolume(String),
@@ -121,6 +112,15 @@ pub enum StoreError {
     VolumeInUse {
         /// One of those that do.
         service: String,
+    },
+    /// A machine names an image that there is not.
+    #[error("there is no image {0}")]
+    NoImage(ImageName),
+    /// A tenant has machines, and cannot be deleted.
+    #[error("the tenant has {count} machines; delete them first")]
+    HasMachines {
+        /// How many.
+        count: u64,
     },
     /// A bound on the number of records.
     #[error("there are {max} {what} already, as many as there can be")]

@@ -10,6 +10,7 @@
 //! | `POST /PATH?do=mkdir`, `rmdir`, `rm`, `list`, `stat` | what their names say |
 //! | `POST /PATH?do=mv&to=PATH`, `do=symlink&to=TARGET`, `do=link&to=PATH` | the same |
 //! | `POST /PATH?do=fill&n=N` | writes N files of one byte; how many there were room for |
+//! | `POST /PATH?do=stream&n=N` | writes N bytes by a stream of the host's own; the host's word for what fails |
 //! | `POST /PATH?do=unlinked&n=N` | writes N bytes to a file that it removed before |
 //!
 //! `PATH` is the path in the guest, percent-encoded where it must be: `PUT /data/a.txt`. What fails is
@@ -91,6 +92,7 @@ fn act(what: &str, path: &str, to: &str, (n, at): (u64, u64), body: &[u8]) -> io
         "list" => return list(path),
         "fill" => return Ok(fill(path, n)),
         "unlinked" => return unlinked(path, n),
+        "stream" => return stream(path, n),
         _ => return Err(io::ErrorKind::Unsupported.into()),
     }
     Ok(Vec::new())
@@ -117,6 +119,41 @@ fn wasi_symlink(target: &str, path: &str) -> io::Result<()> {
         }
     }
     Err(io::ErrorKind::NotFound.into())
+}
+
+/// std knows no word for a stream that failed but EIO; the host has one.
+#[cfg(target_os = "wasi")]
+fn stream(path: &str, n: u64) -> io::Result<Vec<u8>> {
+    use wasip2::filesystem::types::{DescriptorFlags, OpenFlags, PathFlags, filesystem_error_code};
+    use wasip2::io::streams::StreamError;
+    let directories = wasip2::filesystem::preopens::get_directories();
+    let below = |(_, root): &&(_, String)| path.starts_with(root.as_str());
+    let found = directories.iter().find(below);
+    let (directory, root) = found.ok_or(io::ErrorKind::NotFound)?;
+    let name = path[root.len()..].trim_start_matches('/');
+    let flags = (OpenFlags::CREATE, DescriptorFlags::WRITE);
+    let file = directory.open_at(PathFlags::empty(), name, flags.0, flags.1);
+    let said = |code| io::Error::other(format!("{code:?}"));
+    let file = file.map_err(said)?;
+    let stream = file.write_via_stream(0).map_err(said)?;
+    let mut left = n;
+    while left > 0 {
+        let piece = left.min(4096);
+        let zeros = vec![0; usize::try_from(piece).unwrap_or(0)];
+        match stream.blocking_write_and_flush(&zeros) {
+            Ok(()) => left -= piece,
+            Err(StreamError::Closed) => return Ok(b"closed".to_vec()),
+            Err(StreamError::LastOperationFailed(error)) => {
+                return Ok(format!("{:?}", filesystem_error_code(&error)).into());
+            }
+        }
+    }
+    Ok(b"whole".to_vec())
+}
+
+#[cfg(not(target_os = "wasi"))]
+fn stream(_: &str, _: u64) -> io::Result<Vec<u8>> {
+    Err(io::ErrorKind::Unsupported.into())
 }
 
 fn list(path: &str) -> io::Result<Vec<u8>> {

@@ -115,6 +115,20 @@ const TABLE: &[(&str, Body, Rule)] = &[
     ),
     ("rollback", Body::Nothing, rules::OWN_WRITE),
     ("getLogs", Body::Nothing, rules::OWN_READ),
+    ("listVolumes", Body::Nothing, rules::OWN_READ),
+    ("getVolume", Body::Nothing, rules::OWN_READ),
+    ("putVolume", Body::Json("{}"), rules::OWN_WRITE),
+    (
+        "snapshotVolume",
+        Body::Json(r#"{"name":"snapshot"}"#),
+        rules::OWN_WRITE,
+    ),
+    (
+        "cloneVolume",
+        Body::Json(r#"{"name":"clone"}"#),
+        rules::OWN_WRITE,
+    ),
+    ("deleteVolume", Body::Nothing, rules::OWN_WRITE),
     ("listMachines", Body::Nothing, rules::OWN_READ),
     ("getMachine", Body::Nothing, rules::OWN_READ),
     (
@@ -133,20 +147,6 @@ const TABLE: &[(&str, Body, Rule)] = &[
     ("getImage", Body::Nothing, rules::ANY_READ),
     ("putImage", Body::Image, rules::HOST_WRITE),
     ("deleteImage", Body::Nothing, rules::HOST_WRITE),
-    ("listVolumes", Body::Nothing, rules::OWN_READ),
-    ("getVolume", Body::Nothing, rules::OWN_READ),
-    ("putVolume", Body::Json("{}"), rules::OWN_WRITE),
-    (
-        "snapshotVolume",
-        Body::Json(r#"{"name":"snapshot"}"#),
-        rules::OWN_WRITE,
-    ),
-    (
-        "cloneVolume",
-        Body::Json(r#"{"name":"clone"}"#),
-        rules::OWN_WRITE,
-    ),
-    ("deleteVolume", Body::Nothing, rules::OWN_WRITE),
     ("listTokens", Body::Nothing, rules::ANY_READ),
     (
         "createToken",
@@ -257,9 +257,9 @@ impl<'a> Scene<'a> {
         let path = path
             .replace("{tenant}", OWN)
             .replace("{service}", &format!("web-of-{OWN}"))
+            .replace("{volume}", &format!("kept-by-{OWN}"))
             .replace("{machine}", &format!("web-of-{OWN}"))
             .replace("{image}", "kernel")
-            .replace("{volume}", &format!("kept-by-{OWN}"))
             .replace("{id}", &self.victim);
         let request = match body {
             Body::Nothing => admin.request(method, &path),
