@@ -10,6 +10,7 @@ use hyper_util::rt::TokioIo;
 use insula_types::MachineSpec;
 use insula_vmm::life::Event;
 use insula_vmm::monitor::protocol::Request;
+use serde_json::json;
 
 use super::streams::{Place, ended};
 use crate::control::changes::optional;
@@ -17,8 +18,8 @@ use crate::control::http_types::{Call, Reply, list};
 use crate::control::machines::{STOP_PATIENCE, refused};
 use crate::control::problem::{Answer, Code, Problem};
 use crate::control::{Control, documents};
-use crate::state::Put;
 use crate::state::machines::Machine;
+use crate::state::{Put, Timestamp};
 
 /// What a console's connection is upgraded to: bytes both ways.
 const CONSOLE_PROTOCOL: &str = "insula-console";
@@ -38,7 +39,10 @@ impl Control {
 
     fn show(&self, machine: &Machine) -> serde_json::Value {
         let book = self.machines.book.borrow();
-        documents::machine(machine, book.get(machine.id))
+        let mut document = documents::machine(machine, book.get(machine.id));
+        let saved = self.machines.places.of(machine.id).saved_at();
+        document["snapshot_at"] = json!(saved.map(Timestamp::from));
+        document
     }
 }
 
@@ -161,6 +165,29 @@ pub(crate) async fn resume(control: Rc<Control>, call: Call) -> Answer {
 pub(crate) async fn reset(control: Rc<Control>, call: Call) -> Answer {
     let machine = control.machine_of(&call).await?;
     control.reset_machine(machine.id).await?;
+    Ok(Reply::ok(&control.show(&machine)))
+}
+
+pub(crate) async fn snapshot(control: Rc<Control>, call: Call) -> Answer {
+    let machine = control.machine_of(&call).await?;
+    control.save_machine(&machine).await?;
+    Ok(Reply::ok(&control.show(&machine)))
+}
+
+pub(crate) async fn restore(control: Rc<Control>, call: Call) -> Answer {
+    let machine = control.machine_of(&call).await?;
+    let from = match call.parameter("from") {
+        None => machine.clone(),
+        Some(name) => {
+            let tenant = call.tenant()?;
+            let bad = |error| Problem::new(Code::BadRequest, format_args!("from: {error}"));
+            let name = name.parse().map_err(bad)?;
+            control
+                .store(move |store| store.machine(&tenant, &name))
+                .await?
+        }
+    };
+    control.restore_machine(&machine, &from).await?;
     Ok(Reply::ok(&control.show(&machine)))
 }
 

@@ -109,10 +109,14 @@ struct Console(TcpStream);
 
 impl Console {
     fn open(host: &TestHost) -> Self {
+        Self::of(host, MACHINE)
+    }
+
+    fn of(host: &TestHost, machine: &str) -> Self {
         let mut stream = TcpStream::connect(host.admin_address()).expect("connects");
         stream.set_read_timeout(Some(PATIENCE)).expect("a socket");
         let request = format!(
-            "GET {MACHINE}/console HTTP/1.1\r\nhost: a\r\nauthorization: Bearer {}\r\n\
+            "GET {machine}/console HTTP/1.1\r\nhost: a\r\nauthorization: Bearer {}\r\n\
              connection: upgrade\r\nupgrade: insula-console\r\n\r\n",
             host.token()
         );
@@ -217,6 +221,54 @@ fn machines_outlive_their_host_and_are_found_again() {
     act(&host, "start");
     host.admin()
         .post(&format!("{MACHINE}/stop?force=true"), &json!({}));
+}
+
+#[test]
+fn a_machine_goes_on_from_its_snapshot_and_so_does_a_clone() {
+    let Some(host) = host() else { return };
+    let admin = host.admin();
+    let restore = format!("{MACHINE}/restore");
+    let refused = |path: &str| admin.json("POST", path, &json!({})).send().problem();
+    assert_eq!(refused(&restore), "no_snapshot");
+    assert_eq!(refused(&format!("{MACHINE}/snapshot")), "machine_state");
+    act(&host, "start");
+    let mut console = Console::open(&host);
+    assert_eq!(console.read(1), ">");
+    let saved = act(&host, "snapshot");
+    assert_eq!(saved["state"], "running");
+    assert!(saved["snapshot_at"].is_string(), "{saved}");
+    console.type_in("a");
+    assert_eq!(console.read(1), "a", "it runs on");
+    assert_eq!(refused(&restore), "machine_state", "while it runs");
+    let stop = |machine: &str| admin.post(&format!("{machine}/stop?force=true"), &json!({}));
+    stop(MACHINE);
+
+    assert_eq!(act(&host, "restore")["state"], "running");
+    let clone = "/v1/tenants/acme/machines/clone";
+    admin.put(clone, &spec());
+    let cloned = admin.post(&format!("{clone}/restore?from=echo"), &json!({}));
+    assert_eq!(cloned["state"], "running");
+    for (machine, key) in [(MACHINE, "b"), (clone, "c")] {
+        let mut console = Console::of(&host, machine);
+        console.type_in(key);
+        assert_eq!(console.read(1), key, "no prompt: it does not start anew");
+    }
+    stop(MACHINE);
+    stop(clone);
+
+    let other = "/v1/tenants/acme/machines/other";
+    admin.put(other, &json!({"kernel": "echo", "memory": "32MiB"}));
+    assert_eq!(
+        refused(&format!("{other}/restore?from=echo")),
+        "other_machine"
+    );
+    let memory = host.data().join("machines/1/saved/memory");
+    let mut bytes = fs::read(&memory).expect("it was saved");
+    bytes[0x10_0000] ^= 1;
+    fs::write(&memory, bytes).expect("room");
+    assert_eq!(refused(&restore), "snapshot_broken");
+    let machine = admin.get(MACHINE);
+    assert_eq!(machine["state"], "stopped", "nothing was started");
 }
 
 #[test]
