@@ -24,7 +24,7 @@ use std::time::{Duration, Instant};
 
 use insula_metrics::{DataMetrics, Kind};
 use insula_types::spec::{RequestLimits, Reuse, Route, TenantSpec};
-use insula_types::{Digest, ServiceId, ServiceName, TenantId, TenantName, VersionNumber};
+use insula_types::{Bytes, Digest, ServiceId, ServiceName, TenantId, TenantName, VersionNumber};
 use tokio::sync::{mpsc, watch};
 
 use crate::engine::artefact::ArtefactKey;
@@ -280,9 +280,14 @@ impl Desk {
                     self.drain(deadline).await;
                     Ok(())
                 }
-                ToData::Tenant { id, name, spec } => {
+                ToData::Tenant {
+                    id,
+                    name,
+                    spec,
+                    promised,
+                } => {
                     changed = true;
-                    self.set_tenant(id, name, &spec)
+                    self.set_tenant(id, name, &spec, promised)
                 }
                 ToData::DropTenant(id) => {
                     changed = true;
@@ -333,6 +338,7 @@ impl Desk {
         id: TenantId,
         name: TenantName,
         spec: &TenantSpec,
+        promised: Bytes,
     ) -> Result<(), Refusal> {
         self.pool.set_tenant(id, spec).map_err(Refusal::Envelope)?;
         let (metrics, host_memory) = (&self.metrics, &self.memory);
@@ -347,8 +353,12 @@ impl Desk {
             waited: Default::default(),
         });
         let shares = u64::from(spec.cpu.shares.get());
-        tenant.entry.memory.set(spec.memory_limit, shares);
-        let limit = spec.memory_limit.map(insula_types::Bytes::get);
+        let left = spec.memory_limit.map(|limit| {
+            // Less than a size is one.
+            Bytes::new(limit.get().saturating_sub(promised.get())).unwrap_or(limit)
+        });
+        tenant.entry.memory.set(left, shares);
+        let limit = spec.memory_limit.map(Bytes::get);
         tenant.entry.metrics.set_memory_limit(limit);
         Ok(())
     }

@@ -219,6 +219,8 @@ impl Control {
             // It is starting, which may always break.
             let _ = entry.ask(&Event::Broke(failure));
         }
+        // Of a machine that never ran nobody else tells.
+        self.give_back_memory(machine.id);
         self.store_life(machine.id).await;
         started
     }
@@ -239,6 +241,7 @@ impl Control {
         machine: &Machine,
         begin: impl AsyncFnOnce(&Machine) -> Result<Begin, Problem>,
     ) -> Result<(), Problem> {
+        self.divide_memory(&machine.tenant_name).await?;
         let begin = begin(machine).await?;
         let mut disks = Vec::new();
         for digest in &machine.images.disks {

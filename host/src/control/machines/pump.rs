@@ -30,6 +30,7 @@ pub(crate) async fn pump(
             Consequence::Changed => {
                 control.announce_machine(id);
                 control.store_life(id).await;
+                control.give_back_memory(id);
             }
             Consequence::StartAgain => {
                 control.announce_machine(id);

@@ -12,7 +12,7 @@ use std::process::Command;
 use std::time::Duration;
 
 use insula_tests::wait::holds;
-use insula_tests::{TestHost, until};
+use insula_tests::{TestHost, guests, until};
 use serde_json::{Value, json};
 
 const PATIENCE: Duration = Duration::from_secs(30);
@@ -388,6 +388,30 @@ fn what_a_machine_uses_is_on_the_books() {
         after >= before.map(|before| before * 0.9),
         "{before:?}, then {after:?}"
     );
+}
+
+#[test]
+fn what_a_machine_was_promised_its_tenants_services_do_not_have() {
+    let Some(host) = host() else { return };
+    let admin = host.admin();
+    let service = "/v1/tenants/acme/services/web";
+    admin.put(service, &json!({}));
+    let uploaded = admin.upload(&format!("{service}/versions"), guests::bytes("hello"));
+    assert_eq!(uploaded.send().status, 201);
+    let status = || host.request("web.acme.localhost", "GET", "/").send().status;
+    assert_eq!(status(), 200);
+    // All of the tenant's 64 MiB.
+    admin.put(MACHINE, &json!({"kernel": "echo", "memory": "64MiB"}));
+    act(&host, "start");
+    assert_ne!(status(), 200);
+    host.crash_and_restart();
+    expect_state(&host, "running");
+    assert_ne!(status(), 200, "nor after a restart");
+    act(&host, "stop?force=true");
+    until(PATIENCE, "the memory is given back", || {
+        let status = status();
+        holds(status == 200, status.to_string())
+    });
 }
 
 #[test]
