@@ -13,7 +13,7 @@ use insula_vmm::monitor::protocol::Request;
 use serde_json::json;
 
 use super::streams::{Place, ended};
-use crate::control::changes::optional;
+use crate::control::changes::{Actor, optional};
 use crate::control::http_types::{Call, Reply, list};
 use crate::control::machines::{STOP_PATIENCE, refused};
 use crate::control::problem::{Answer, Code, Problem};
@@ -130,14 +130,23 @@ pub(crate) async fn delete(control: Rc<Control>, call: Call) -> Answer {
     Ok(Reply::no_content())
 }
 
+/// What was asked of a machine is done, which the audit log is told.
+async fn done(control: &Control, actor: Actor, machine: &Machine) -> Answer {
+    let subject = machine.clone();
+    control
+        .change(move |_, _| Ok(((), Some(actor.machine(&subject, None, None)))))
+        .await?;
+    Ok(Reply::ok(&control.show(machine)))
+}
+
 pub(crate) async fn start(control: Rc<Control>, call: Call) -> Answer {
-    let machine = control.machine_of(&call).await?;
+    let (machine, actor) = (control.machine_of(&call).await?, call.actor()?);
     control.start_machine(machine.id).await?;
-    Ok(Reply::ok(&control.show(&machine)))
+    done(&control, actor, &machine).await
 }
 
 pub(crate) async fn stop(control: Rc<Control>, call: Call) -> Answer {
-    let machine = control.machine_of(&call).await?;
+    let (machine, actor) = (control.machine_of(&call).await?, call.actor()?);
     let seconds = call.number("timeout_seconds", STOP_PATIENCE_MAX_S)?;
     let patience = match (call.flag("force", false)?, seconds) {
         (true, _) => None,
@@ -145,37 +154,37 @@ pub(crate) async fn stop(control: Rc<Control>, call: Call) -> Answer {
         (false, Some(seconds)) => Some(Duration::from_secs(seconds.into())),
     };
     control.stop_machine(machine.id, patience).await?;
-    Ok(Reply::ok(&control.show(&machine)))
+    done(&control, actor, &machine).await
 }
 
 pub(crate) async fn pause(control: Rc<Control>, call: Call) -> Answer {
-    let machine = control.machine_of(&call).await?;
+    let (machine, actor) = (control.machine_of(&call).await?, call.actor()?);
     let (event, request) = (Event::Pause, Request::Pause);
     control.shift_machine(machine.id, event, request).await?;
-    Ok(Reply::ok(&control.show(&machine)))
+    done(&control, actor, &machine).await
 }
 
 pub(crate) async fn resume(control: Rc<Control>, call: Call) -> Answer {
-    let machine = control.machine_of(&call).await?;
+    let (machine, actor) = (control.machine_of(&call).await?, call.actor()?);
     let (event, request) = (Event::Resume, Request::Resume);
     control.shift_machine(machine.id, event, request).await?;
-    Ok(Reply::ok(&control.show(&machine)))
+    done(&control, actor, &machine).await
 }
 
 pub(crate) async fn reset(control: Rc<Control>, call: Call) -> Answer {
-    let machine = control.machine_of(&call).await?;
+    let (machine, actor) = (control.machine_of(&call).await?, call.actor()?);
     control.reset_machine(machine.id).await?;
-    Ok(Reply::ok(&control.show(&machine)))
+    done(&control, actor, &machine).await
 }
 
 pub(crate) async fn snapshot(control: Rc<Control>, call: Call) -> Answer {
-    let machine = control.machine_of(&call).await?;
+    let (machine, actor) = (control.machine_of(&call).await?, call.actor()?);
     control.save_machine(&machine).await?;
-    Ok(Reply::ok(&control.show(&machine)))
+    done(&control, actor, &machine).await
 }
 
 pub(crate) async fn restore(control: Rc<Control>, call: Call) -> Answer {
-    let machine = control.machine_of(&call).await?;
+    let (machine, actor) = (control.machine_of(&call).await?, call.actor()?);
     let from = match call.parameter("from") {
         None => machine.clone(),
         Some(name) => {
@@ -188,7 +197,7 @@ pub(crate) async fn restore(control: Rc<Control>, call: Call) -> Answer {
         }
     };
     control.restore_machine(&machine, &from).await?;
-    Ok(Reply::ok(&control.show(&machine)))
+    done(&control, actor, &machine).await
 }
 
 /// Upgrades the connection to the machine's console: what was printed last comes first.

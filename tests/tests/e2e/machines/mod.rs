@@ -68,6 +68,14 @@ fn act(host: &TestHost, verb: &str) -> Value {
     host.admin().post(&format!("{MACHINE}/{verb}"), &json!({}))
 }
 
+/// Each of these was done to a machine, and the audit log says so.
+fn assert_audited(host: &TestHost, orders: &[&str]) {
+    let log = host.admin().get("/v1/audit?limit=500").to_string();
+    for order in orders {
+        assert!(log.contains(&format!("{order}Machine")), "{order}: {log}");
+    }
+}
+
 fn expect_state(host: &TestHost, state: &str) {
     until(PATIENCE, state, || {
         let machine = host.admin().get(MACHINE);
@@ -184,6 +192,8 @@ fn a_machine_from_definition_to_deletion() {
     assert_eq!(admin.request("GET", MACHINE).send().status, 404);
     let left = fs::read_dir(host.data().join("machines")).expect("it is there");
     assert_eq!(left.count(), 0);
+    let orders = ["start", "pause", "resume", "reset", "stop", "delete"];
+    assert_audited(&host, &orders);
     admin.delete("/v1/tenants/acme");
 }
 
@@ -256,6 +266,7 @@ fn a_machine_goes_on_from_its_snapshot_and_so_does_a_clone() {
     stop(MACHINE);
     stop(clone);
 
+    assert_audited(&host, &["snapshot", "restore"]);
     let other = "/v1/tenants/acme/machines/other";
     admin.put(other, &json!({"kernel": "echo", "memory": "32MiB"}));
     assert_eq!(
