@@ -27,7 +27,8 @@ use insula_metrics::{DataMetrics, Kind};
 use insula_types::spec::{RequestLimits, Reuse, Route, TenantSpec};
 use insula_types::volume::MountMode;
 use insula_types::{
-    Digest, ServiceId, ServiceName, TenantId, TenantName, VersionNumber, VolumeId, VolumeSpec,
+    Bytes, Digest, ServiceId, ServiceName, TenantId, TenantName, VersionNumber, VolumeId,
+    VolumeSpec,
 };
 use tokio::sync::{mpsc, watch};
 
@@ -297,9 +298,14 @@ impl Desk {
                     self.drain(deadline).await;
                     Ok(())
                 }
-                ToData::Tenant { id, name, spec } => {
+                ToData::Tenant {
+                    id,
+                    name,
+                    spec,
+                    promised,
+                } => {
                     changed = true;
-                    self.set_tenant(id, name, &spec)
+                    self.set_tenant(id, name, &spec, promised)
                 }
                 ToData::DropTenant(id) => {
                     changed = true;
@@ -366,6 +372,7 @@ impl Desk {
         id: TenantId,
         name: TenantName,
         spec: &TenantSpec,
+        promised: Bytes,
     ) -> Result<(), Refusal> {
         self.pool.set_tenant(id, spec).map_err(Refusal::Envelope)?;
         let (metrics, host_memory) = (&self.metrics, &self.memory);
@@ -384,8 +391,12 @@ impl Desk {
             waited: Default::default(),
         });
         let shares = u64::from(spec.cpu.shares.get());
-        tenant.entry.memory.set(spec.memory_limit, shares);
-        let limit = spec.memory_limit.map(insula_types::Bytes::get);
+        let left = spec.memory_limit.map(|limit| {
+            // Less than a size is one.
+            Bytes::new(limit.get().saturating_sub(promised.get())).unwrap_or(limit)
+        });
+        tenant.entry.memory.set(left, shares);
+        let limit = spec.memory_limit.map(Bytes::get);
         tenant.entry.metrics.set_memory_limit(limit);
         tenant.entry.storage.set_limit(spec.storage_limit);
         let limit = spec.storage_limit.map(insula_types::Bytes::get);

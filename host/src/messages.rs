@@ -23,7 +23,7 @@ use std::time::SystemTime;
 
 use insula_types::spec::{ServiceSpec, TenantSpec};
 use insula_types::{
-    Digest, Outcome, ServiceId, ServiceName, TenantId, TenantName, Traffic, VersionNumber,
+    Bytes, Digest, Outcome, ServiceId, ServiceName, TenantId, TenantName, Traffic, VersionNumber,
     VolumeId, VolumeSpec,
 };
 
@@ -55,6 +55,8 @@ pub enum ToData {
         name: TenantName,
         /// Its resource envelope.
         spec: TenantSpec,
+        /// Of its memory, what its machines were promised.
+        promised: Bytes,
     },
     /// The tenant and its services are gone: running requests are cancelled, series removed.
     DropTenant(TenantId),

@@ -107,7 +107,7 @@ impl Host {
         if !has_openat2(&root) {
             return Err(StartError::NoOpenat2);
         }
-        let key = artefact_key(&directory).map_err(StartError::Key)?;
+        let key = directory.key(KEY_FILE).map_err(StartError::Key)?;
         let seal: Seal = {
             let key = ArtefactKey::from_bytes(key);
             Arc::new(move |digest, artefact| {
@@ -193,21 +193,6 @@ impl Host {
         self.control.shutdown(self.drain);
         drop(self.data);
     }
-}
-
-/// The key that seals artefacts, made at the first start.
-fn artefact_key(directory: &DataDir) -> std::io::Result<[u8; 32]> {
-    if let Some(key) = directory.read(KEY_FILE)? {
-        return key.try_into().map_err(|_| {
-            std::io::Error::other(format!(
-                "{KEY_FILE} is not 32 bytes; delete it, and everything is compiled again"
-            ))
-        });
-    }
-    let mut key = [0; 32];
-    getrandom::fill(&mut key).map_err(std::io::Error::other)?;
-    directory.write_secret(KEY_FILE, &key)?;
-    Ok(key)
 }
 
 /// Three quarters of the machine, so that the rest is left to the host, its caches and the system.

@@ -11,6 +11,7 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 use serde_json::Value;
 
+use crate::quantity::QuantityError;
 use crate::{
     Bytes, Digest, Fuel, MachineSpec, Millicores, Millis, ServiceName, ServiceSpec, Shares,
     TenantName, TenantSpec, Traffic,
@@ -65,6 +66,26 @@ where
     Ok(())
 }
 
+/// A text that is taken is a number in its range.
+fn stays<T>(
+    text: &str,
+    get: fn(T) -> u64,
+    new: fn(u64) -> Result<T, QuantityError>,
+) -> Result<(), TestCaseError>
+where
+    T: FromStr<Err = QuantityError> + Debug + Copy + PartialEq,
+{
+    match text.parse::<T>() {
+        Ok(value) => {
+            let again = new(get(value));
+            prop_assert_eq!(again, Ok(value));
+        }
+        // It is told, in a line that can be shown.
+        Err(error) => prop_assert!(error.to_string().len() < 1_000 + 6 * text.len()),
+    }
+    Ok(())
+}
+
 #[test]
 fn names() {
     for_a_while(&text(), |text| {
@@ -88,11 +109,11 @@ fn names() {
 #[test]
 fn quantities() {
     for_a_while(&text(), |text| {
-        returns::<Bytes>(&text)?;
-        returns::<Fuel>(&text)?;
-        returns::<Millicores>(&text)?;
-        returns::<Millis>(&text)?;
-        returns::<Shares>(&text)
+        stays(&text, Bytes::get, Bytes::new)?;
+        stays(&text, Fuel::get, Fuel::new)?;
+        stays(&text, Millicores::get, Millicores::new)?;
+        stays(&text, Millis::get, Millis::new)?;
+        stays(&text, |shares: Shares| shares.get().into(), Shares::new)
     });
 }
 

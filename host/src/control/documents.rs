@@ -43,6 +43,7 @@ pub(super) const MACHINE_READ_ONLY: &[&str] = &[
     "state",
     "reason",
     "monitor_pid",
+    "snapshot_at",
     "digests",
     "used",
 ];

@@ -92,6 +92,7 @@ fn parameters() -> Value {
             "schema": reference("ImageName"), "description": "The image's name"},
         "force": query("force", json!({"type": "boolean", "default": false}),
             "Whether a guest that runs is ended without being asked"),
+        "from": query("from", reference("Name"), "Whose snapshot; the machine's own where nothing is said"),
         "timeout_seconds": query("timeout_seconds", json!({"type": "integer", "minimum": 0, "maximum": 600}),
             "How long a guest has for shutting down; 30 where nothing is said"),
         "id": {"name": "id", "in": "path", "required": true, "schema": {"type": "integer"},

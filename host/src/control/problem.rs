@@ -60,6 +60,8 @@ codes! {
     LastAdminToken = 409 "last_admin_token" "The last administrator's token stays";
     NoPreviousVersion = 409 "no_previous_version" "There is nothing to go back to";
     MachineState = 409 "machine_state" "The machine is in a state in which this has no meaning";
+    NoSnapshot = 409 "no_snapshot" "The machine has no snapshot";
+    OtherMachine = 409 "other_machine" "The snapshot is of a machine of another kind";
     HasMachines = 409 "has_machines" "The tenant still has machines";
     TenantMemory = 409 "tenant_memory" "The tenant has no memory left for this machine";
     InProgress = 409 "idempotency_in_progress" "The same request is being worked on";
@@ -88,6 +90,7 @@ codes! {
     Internal = 500 "internal" "The host failed";
     CompileFailed = 500 "compile_failed" "The compiler failed";
     NotActivated = 500 "not_activated" "The version is stored but does not serve";
+    SnapshotBroken = 500 "snapshot_broken" "The snapshot cannot be trusted";
     MachineFailed = 500 "machine_failed" "The machine failed";
     NotApplied = 500 "not_applied" "The change is stored but not in effect";
     NoKvm = 503 "no_kvm" "This host cannot run machines";

@@ -43,6 +43,8 @@ pub(super) async fn reconcile(control: &Rc<Control>) -> Result<(), Problem> {
     if removed > 0 {
         tracing::info!(removed, "removed volumes that nothing refers to");
     }
+    // Before the tenants: of their memory machines have a part.
+    super::machines::find(control).await?;
     let mut broken = Vec::new();
     let mut page = Page {
         after: None,
@@ -59,7 +61,6 @@ pub(super) async fn reconcile(control: &Rc<Control>) -> Result<(), Problem> {
             break;
         }
     }
-    super::machines::find(control).await?;
     control.link.apply(ToData::Open).await?;
     if broken.is_empty() {
         control.readiness.set(Readiness::Ready);
@@ -91,12 +92,7 @@ async fn send_tenant(
     broken: &mut Vec<Service>,
 ) -> Result<(), Problem> {
     control.ledger.borrow_mut().add_tenant(tenant.id);
-    let body = ToData::Tenant {
-        id: tenant.id,
-        name: tenant.name.clone(),
-        spec: tenant.spec.clone(),
-    };
-    if let Err(error) = control.link.apply(body).await {
+    if let Err(error) = control.link.apply(control.envelope(tenant)).await {
         let LinkError::Refused(refusal) = error else {
             return Err(error.into());
         };

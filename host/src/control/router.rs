@@ -181,6 +181,14 @@ pub(super) static ROUTES: &[Route] = routes! {
     POST "/v1/tenants/{tenant}/machines/{machine}/reset" Need::Tenant(Write),
         "resetMachine" = machines::reset,
         "Press the reset button", [], Nothing => Json("Machine");
+    POST "/v1/tenants/{tenant}/machines/{machine}/snapshot" Need::Tenant(Write),
+        "snapshotMachine" = machines::snapshot,
+        "Save a machine that runs or is paused, memory and disks, in the place of its snapshot before",
+        [], Nothing => Json("Machine");
+    POST "/v1/tenants/{tenant}/machines/{machine}/restore" Need::Tenant(Write),
+        "restoreMachine" = machines::restore,
+        "Go on from a snapshot: the machine's own, or of another one of the tenant's", ["from"],
+        Nothing => Json("Machine");
     GET "/v1/tenants/{tenant}/machines/{machine}/console" Need::Tenant(Write),
         "getConsole" = machines::console,
         "The machine's console, both ways, by an upgrade to insula-console", [],

@@ -142,6 +142,8 @@ const TABLE: &[(&str, Body, Rule)] = &[
     ("pauseMachine", Body::Nothing, rules::OWN_WRITE),
     ("resumeMachine", Body::Nothing, rules::OWN_WRITE),
     ("resetMachine", Body::Nothing, rules::OWN_WRITE),
+    ("snapshotMachine", Body::Nothing, rules::OWN_WRITE),
+    ("restoreMachine", Body::Nothing, rules::OWN_WRITE),
     ("getConsole", Body::Nothing, rules::OWN_WRITE),
     ("listImages", Body::Nothing, rules::ANY_READ),
     ("getImage", Body::Nothing, rules::ANY_READ),
@@ -161,12 +163,14 @@ const TABLE: &[(&str, Body, Rule)] = &[
 
 /// What becomes of these depends on the machine's state, and on whether there is KVM: who may call
 /// them is told something about the machine, and not about himself.
-const DEPENDS_ON_STATE: [&str; 6] = [
+const DEPENDS_ON_STATE: [&str; 8] = [
     "startMachine",
     "stopMachine",
     "pauseMachine",
     "resumeMachine",
     "resetMachine",
+    "snapshotMachine",
+    "restoreMachine",
     "getConsole",
 ];
 

@@ -62,12 +62,7 @@ pub(crate) async fn put(control: Rc<Control>, mut call: Call) -> Answer {
         .await?;
     let tenant = put.record();
     control.ledger.borrow_mut().add_tenant(tenant.id);
-    let body = ToData::Tenant {
-        id: tenant.id,
-        name: tenant.name.clone(),
-        spec: tenant.spec.clone(),
-    };
-    control.link.apply(body).await?;
+    control.link.apply(control.envelope(tenant)).await?;
     let document = documents::tenant(tenant);
     let reply = match &put {
         Put::Created(_) => {
