@@ -12,7 +12,7 @@ use insula_types::quantity::Bytes;
 use rustix::process::{Resource, Rlimit, setrlimit};
 use wasmtime::component::Component;
 
-use super::config::{COMPILE_CPU, COMPILE_DATA, COMPILE_MEMORY, Engine};
+use super::config::{COMPILE_CPU, COMPILE_MEMORY, Engine};
 use super::scan::{ScanError, scan};
 use crate::config::COMPONENT_MAX;
 
@@ -77,7 +77,6 @@ fn limit_self() -> rustix::io::Result<()> {
         maximum: Some(limit),
     };
     setrlimit(Resource::As, hard(COMPILE_MEMORY.get()))?;
-    setrlimit(Resource::Data, hard(COMPILE_DATA.get()))?;
     setrlimit(Resource::Cpu, hard(COMPILE_CPU.as_secs()))?;
     setrlimit(Resource::Core, hard(0))?;
     setrlimit(Resource::Nproc, hard(COMPILE_THREADS)).or_else(|error| {

@@ -224,5 +224,3 @@ pub const COMPILE_CPU: Duration = Duration::from_secs(30);
 /// Address space of the compiler child: most of it is threads' stacks and arenas; the largest
 /// honest guest that we know (Python's interpreter, 18 MB) has 0.4 GiB resident.
 pub const COMPILE_MEMORY: Bytes = Bytes::mib(2048);
-/// What of it may be written to, which is what can be resident.
-pub const COMPILE_DATA: Bytes = Bytes::mib(1024);
