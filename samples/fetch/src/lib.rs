@@ -105,7 +105,7 @@ mod tests {
         answer_fetches(|mut req: Request| async move {
             let body = req.text().await?;
             let text = format!("{} {} {body}", req.method(), req.uri());
-            insula_sdk::Result::Ok(Response::text(text).with_status(StatusCode::ACCEPTED))
+            Ok::<_, insula_sdk::Error>(Response::text(text).with_status(StatusCode::ACCEPTED))
         });
         run(async {
             let request = Request::post("/?url=http%3A%2F%2Fa.example%2Fx", "hello");
