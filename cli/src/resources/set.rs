@@ -134,7 +134,7 @@ pub(crate) struct ServicePatch {
     /// Mount no volumes
     #[arg(long, conflicts_with = "volume")]
     no_volumes: bool,
-    /// Where guests may send requests to, such as https://api.example.com; all that are given replace
+    /// Where guests may send requests to, such as `https://api.example.com`; all that are given replace
     /// all that are there
     #[arg(long, value_name = "ORIGIN", value_parser = outbound)]
     outbound: Vec<String>,

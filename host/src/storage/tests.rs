@@ -140,13 +140,16 @@ fn the_tenants_limit_is_over_all_its_volumes() {
 #[test]
 fn writers_at_once_do_not_get_more_than_there_is() {
     let (volume, tenant, dir) = volume(quota(1 << 20, 64));
+    // A file takes room as well: all are there before the first of them fills what is left.
+    let opened = std::sync::Barrier::new(8);
     std::thread::scope(|scope| {
         for writer in 0..8u64 {
-            let (volume, dir) = (&volume, dir.path());
+            let (volume, dir, opened) = (&volume, dir.path(), &opened);
             scope.spawn(move || {
                 // All write to one file, and each to one of its own.
                 let shared = open(volume, &dir.join("shared")).unwrap();
                 let own = open(volume, &dir.join(format!("own-{writer}"))).unwrap();
+                opened.wait();
                 for round in 0..40 {
                     let at = (round * 8 + writer) * 4 * KIB;
                     let _ = write(&shared, &[1; 4096], at);
