@@ -69,7 +69,7 @@ pub struct DataConfig {
     /// Instances alive at once.
     pub instances: u32,
     /// What all guests together may use.
-    pub guest_memory: insula_types::Bytes,
+    pub guest_memory: Bytes,
     /// Networks beside the Internet that guests may reach, where their services' lists do.
     pub outbound_networks: Vec<Network>,
     /// How long code stays that nobody asks.
@@ -399,7 +399,7 @@ impl Desk {
         let limit = spec.memory_limit.map(Bytes::get);
         tenant.entry.metrics.set_memory_limit(limit);
         tenant.entry.storage.set_limit(spec.storage_limit);
-        let limit = spec.storage_limit.map(insula_types::Bytes::get);
+        let limit = spec.storage_limit.map(Bytes::get);
         tenant.entry.metrics.set_storage_limit(limit);
         Ok(())
     }
@@ -623,14 +623,13 @@ impl Desk {
             volumes: volumes.collect(),
             usage,
             versions,
-            broken: self.look_after_programs(),
+            broken: self.look_after_programs(now),
             metrics: self.metrics.expose(),
         }
     }
 
     /// Lets go of code that nobody asked for; names the services whose artefact does not load.
-    fn look_after_programs(&mut self) -> Vec<(TenantName, ServiceName)> {
-        let now = Instant::now();
+    fn look_after_programs(&mut self, now: Instant) -> Vec<(TenantName, ServiceName)> {
         let mut broken = Vec::new();
         self.programs.retain(|digest, program| {
             program.cool(now, self.config.code_idle);

@@ -22,41 +22,12 @@ use super::Control;
 use super::changes::{Actor, Remember};
 use super::compile::{CompileJob, Compiled, Ticket};
 use super::documents::{self, Urls};
-use super::http_types::{Call, next_chunk, too_large};
 use super::link::LinkError;
 use super::problem::{Code, Problem};
 use super::trials::Verdict;
-use crate::config::COMPONENT_MAX;
 use crate::messages::{IntendedVersion, LogRecord, LogSource, Refusal, ServiceIntent, ToData};
 use crate::state::blobs::{Kind, Unplaced};
 use crate::state::{Audit, Held, NewVersion, Service, Worker};
-
-/// Longest time for a whole upload: 64 MiB at 1 Mbit/s.
-const UPLOAD_TOTAL: std::time::Duration = std::time::Duration::from_secs(600);
-
-/// Receives a component under a temporary name.
-pub(crate) async fn receive(control: &Control, call: &mut Call) -> Result<Unplaced, Problem> {
-    let max = COMPONENT_MAX.get();
-    call.expect_length(max)?;
-    let receiving = async {
-        let mut file = control.files.run(|files| files.create()).await??;
-        while let Some(chunk) = next_chunk(&mut call.body).await? {
-            if file.size_bytes() + chunk.len() as u64 > max {
-                return Err(too_large(max));
-            }
-            let written = control
-                .files
-                .run(move |_| file.write(&chunk).map(|()| file))
-                .await?;
-            file = written?;
-        }
-        Ok(file)
-    };
-    let late = |_| Problem::new(Code::BodyTimeout, "the upload took too long");
-    tokio::time::timeout(UPLOAD_TOTAL, receiving)
-        .await
-        .map_err(late)?
-}
 
 /// A component whose artefact is there or on its way.
 #[derive(Debug)]

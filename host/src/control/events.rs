@@ -38,6 +38,20 @@ impl Event {
         }
     }
 
+    /// Of the host; what it is about is added.
+    fn new(kind: &'static str) -> Self {
+        Self {
+            id: 0,
+            time: Timestamp::now(),
+            kind,
+            tenant: None,
+            service: None,
+            machine: None,
+            version: None,
+            reason: None,
+        }
+    }
+
     /// In the format of server-sent events.
     pub(crate) fn to_sse(&self) -> String {
         let mut data = serde_json::json!({"type": self.kind, "time": self.time});
@@ -96,46 +110,26 @@ impl Events {
     }
 
     fn of_host(&self, kind: &'static str, reason: Option<String>) {
-        let time = Timestamp::now();
         self.send(Event {
-            id: 0,
-            time,
-            kind,
-            tenant: None,
-            service: None,
-            machine: None,
-            version: None,
             reason,
+            ..Event::new(kind)
         });
     }
 
     pub(crate) fn tenant(&self, kind: &'static str, tenant: &Tenant) {
-        let time = Timestamp::now();
         let tenant = Some((tenant.id, tenant.name.clone()));
         self.send(Event {
-            id: 0,
-            time,
-            kind,
             tenant,
-            service: None,
-            machine: None,
-            version: None,
-            reason: None,
+            ..Event::new(kind)
         });
     }
 
     pub(crate) fn volume(&self, kind: &'static str, volume: &Volume) {
-        let time = Timestamp::now();
         let tenant = Some((volume.tenant, volume.tenant_name.clone()));
         self.send(Event {
-            id: 0,
-            time,
-            kind,
             tenant,
-            service: None,
-            machine: None,
-            version: None,
             reason: Some(format!("volume {}", volume.name)),
+            ..Event::new(kind)
         });
     }
 
@@ -147,14 +141,10 @@ impl Events {
             _ => None,
         };
         self.send(Event {
-            id: 0,
-            time: Timestamp::now(),
-            kind: kind_of(&state),
             tenant: Some((entry.tenant, entry.tenant_name.clone())),
-            service: None,
             machine: Some(entry.name.clone()),
-            version: None,
             reason,
+            ..Event::new(kind_of(&state))
         });
     }
 
@@ -186,14 +176,11 @@ impl Events {
         reason: Option<String>,
     ) {
         self.send(Event {
-            id: 0,
-            time: Timestamp::now(),
-            kind,
             tenant: Some((service.tenant, service.tenant_name.clone())),
             service: Some(service.name.clone()),
-            machine: None,
             version,
             reason,
+            ..Event::new(kind)
         });
     }
 }

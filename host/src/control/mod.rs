@@ -57,6 +57,7 @@ mod start;
 #[cfg(test)]
 mod tests;
 mod trials;
+mod upload;
 
 pub use auth::AdminTokenError;
 pub use compile::{Compiler, Seal};

@@ -99,8 +99,7 @@ impl Payer {
 
     /// Charges measured CPU time.
     pub fn charge(&self, ns: u64) {
-        self.stats.cpu_ns.fetch_add(ns, Ordering::Relaxed);
-        self.tenant.metrics.add_cpu_ns(Kind::Wasm, ns);
+        self.stats.charge_cpu(&self.tenant, ns);
         self.tenant.owed.fetch_add(ns, Ordering::Relaxed);
     }
 }
@@ -140,6 +139,11 @@ impl ServiceStats {
             log,
         }
     }
+
+    fn charge_cpu(&self, tenant: &TenantEntry, ns: u64) {
+        self.cpu_ns.fetch_add(ns, Ordering::Relaxed);
+        tenant.metrics.add_cpu_ns(Kind::Wasm, ns);
+    }
 }
 
 impl ServiceEntry {
@@ -175,8 +179,7 @@ impl ServiceEntry {
 
     /// Charges measured CPU time, as soon as it was measured.
     pub fn charge_cpu(&self, ns: u64) {
-        self.stats.cpu_ns.fetch_add(ns, Ordering::Relaxed);
-        self.tenant.metrics.add_cpu_ns(Kind::Wasm, ns);
+        self.stats.charge_cpu(&self.tenant, ns);
     }
 
     /// Who pays for work on its connections.

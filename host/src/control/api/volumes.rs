@@ -52,6 +52,26 @@ fn new_directory() -> Result<VolumeDirectory, Problem> {
     VolumeDirectory::random().map_err(|error| Problem::internal(&error))
 }
 
+/// Tells data of a volume that was stored, and answers its document; where it was not stored, its new
+/// directory goes again.
+async fn take_effect(
+    control: &Control,
+    put: Result<Put<Volume>, Problem>,
+    directory: VolumeDirectory,
+) -> Result<(Put<Volume>, Value), Problem> {
+    let put = match put {
+        Ok(put) => put,
+        Err(problem) => {
+            remove(control, vec![directory]).await;
+            return Err(problem);
+        }
+    };
+    apply(control, put.record()).await?;
+    fresh_usage(control).await;
+    let document = document(control, put.record());
+    Ok((put, document))
+}
+
 /// What data has counted by now.
 async fn fresh_usage(control: &Control) {
     if let Err(error) = control.link.collect().await {
@@ -139,17 +159,8 @@ pub(crate) async fn put(control: Rc<Control>, mut call: Call) -> Answer {
             .then(|| actor.volume(put.record(), before, after));
         Ok((put, audit))
     });
-    let put = match put.await {
-        Ok(put) => put,
-        Err(problem) => {
-            remove(&control, vec![directory]).await;
-            return Err(problem);
-        }
-    };
+    let (put, document) = take_effect(&control, put.await, directory).await?;
     let volume = put.record();
-    apply(&control, volume).await?;
-    fresh_usage(&control).await;
-    let document = document(&control, volume);
     let reply = match &put {
         Put::Created(_) => {
             control.events.volume("volume.created", volume);
@@ -262,17 +273,8 @@ async fn copy(
         let audit = actor.volume(put.record(), None, Some(document));
         Ok((put, Some(audit)))
     });
-    let put = match put.await {
-        Ok(put) => put,
-        Err(problem) => {
-            remove(&control, vec![directory]).await;
-            return Err(problem);
-        }
-    };
+    let (put, document) = take_effect(&control, put.await, directory).await?;
     let volume = put.record();
-    apply(&control, volume).await?;
-    fresh_usage(&control).await;
     control.events.volume(event, volume);
-    let document = document(&control, volume);
     Ok(Reply::json(StatusCode::CREATED, &document).etag(volume.generation))
 }

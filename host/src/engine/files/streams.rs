@@ -23,11 +23,12 @@ use crate::storage::Handle;
 const PIECE_BYTES: usize = 64 << 10;
 
 /// What both kinds need.
-struct Target {
-    patron: Arc<dyn Patron>,
-    file: Arc<std::fs::File>,
-    handle: Arc<Handle>,
-    _place: Arc<()>,
+pub(super) struct Target {
+    pub(super) patron: Arc<dyn Patron>,
+    pub(super) file: Arc<std::fs::File>,
+    pub(super) handle: Arc<Handle>,
+    /// Held as long as the stream is there: there are so many.
+    pub(super) _place: Arc<()>,
 }
 
 type OnItsWay<T> = oneshot::Receiver<FsResult<T>>;
@@ -55,19 +56,7 @@ enum Reading {
 }
 
 impl Reader {
-    pub(super) fn new(
-        patron: Arc<dyn Patron>,
-        file: Arc<std::fs::File>,
-        handle: Arc<Handle>,
-        offset: u64,
-        _place: Arc<()>,
-    ) -> Self {
-        let target = Target {
-            patron,
-            file,
-            handle,
-            _place,
-        };
+    pub(super) const fn new(target: Target, offset: u64) -> Self {
         Self {
             target,
             offset,
@@ -158,19 +147,7 @@ enum Writing {
 }
 
 impl Writer {
-    pub(super) fn new(
-        patron: Arc<dyn Patron>,
-        file: Arc<std::fs::File>,
-        handle: Arc<Handle>,
-        offset: Option<u64>,
-        _place: Arc<()>,
-    ) -> Self {
-        let target = Target {
-            patron,
-            file,
-            handle,
-            _place,
-        };
+    pub(super) const fn new(target: Target, offset: Option<u64>) -> Self {
         Self {
             target,
             offset,

@@ -14,7 +14,7 @@ use wasmtime_wasi::p2::bindings::filesystem::types::{
 use wasmtime_wasi::p2::{DynInputStream, DynOutputStream, FsError, FsResult, ReaddirIterator};
 use wasmtime_wasi::{FsPerms, OpenMode};
 
-use super::streams::{Reader, Writer};
+use super::streams::{Reader, Target, Writer};
 use super::{FilesView, Held, LISTINGS_MAX, Local, STREAMS_MAX, away, now, refused};
 use crate::engine::outgoing::Patron;
 use crate::storage::{BLOCK_BYTES, Change, FileKey, Handle, Usage, Volume};
@@ -97,13 +97,18 @@ impl FilesView<'_> {
         }
     }
 
-    fn room_for_a_stream(&self) -> FsResult<Arc<()>> {
+    fn target(&self, file: Arc<std::fs::File>, handle: Arc<Handle>) -> FsResult<Target> {
         let place = Arc::clone(&self.files.streams);
         // The files' own, and this one.
         if Arc::strong_count(&place) > STREAMS_MAX + 1 {
             return Err(ErrorCode::InsufficientMemory.into());
         }
-        Ok(place)
+        Ok(Target {
+            patron: self.patron()?,
+            file,
+            handle,
+            _place: place,
+        })
     }
 }
 
@@ -489,24 +494,21 @@ impl HostDescriptor for FilesView<'_> {
             return Err(ErrorCode::IsDirectory.into());
         }
         let (file, _, handle) = self.file(&fd)?;
-        let place = self.room_for_a_stream()?;
-        let reader = Reader::new(self.patron()?, file, handle, offset, place);
+        let reader = Reader::new(self.target(file, handle)?, offset);
         let reader: DynInputStream = Box::new(reader);
         Ok(self.table.push(reader)?)
     }
 
     fn write_via_stream(&mut self, fd: Fd, offset: u64) -> FsResult<Resource<DynOutputStream>> {
         let (file, handle) = self.writable(&fd)?;
-        let place = self.room_for_a_stream()?;
-        let writer = Writer::new(self.patron()?, file, handle, Some(offset), place);
+        let writer = Writer::new(self.target(file, handle)?, Some(offset));
         let writer: DynOutputStream = Box::new(writer);
         Ok(self.table.push(writer)?)
     }
 
     fn append_via_stream(&mut self, fd: Fd) -> FsResult<Resource<DynOutputStream>> {
         let (file, handle) = self.writable(&fd)?;
-        let place = self.room_for_a_stream()?;
-        let writer = Writer::new(self.patron()?, file, handle, None, place);
+        let writer = Writer::new(self.target(file, handle)?, None);
         let writer: DynOutputStream = Box::new(writer);
         Ok(self.table.push(writer)?)
     }
