@@ -154,7 +154,7 @@ pub(crate) enum Incoming {
 
 /// The fields are in the order in which the host wants them dropped: a child
 /// before its parent.
-struct Data {
+pub(crate) struct Data {
     wait: Option<Wait>,
     stream: InputStream,
     body: IncomingBody,
@@ -162,7 +162,7 @@ struct Data {
 }
 
 /// As in [`Data`].
-struct Trailing {
+pub(crate) struct Trailing {
     wait: Option<Wait>,
     trailers: FutureTrailers,
     message: Message,
