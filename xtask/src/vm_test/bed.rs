@@ -9,7 +9,7 @@ use serde_json::Value;
 
 use super::cpio::Archive;
 use super::debian::Debian;
-use super::vmlinux;
+use super::{host, vmlinux};
 use crate::repository::{Repository, cargo};
 use crate::say;
 use crate::tools::run;
@@ -49,7 +49,7 @@ B=/bin/busybox
 if [ "$1" != again ]; then
     $B mkdir /new
     $B mount -t tmpfs new /new
-    $B cp -a /init /bin /bed /modules /new
+    $B cp -a /init /bin /bed /modules /lib* /new
     $B mkdir /new/proc /new/sys /new/dev /new/tmp
     exec $B switch_root /new /init again
 fi
@@ -75,7 +75,12 @@ else
     $B cat /tmp/monitor
     echo "bed: FAILED monitor processes under nested KVM"
 fi
-/bed/bed $only
+if [ -z "$only" ] || [ "$only" = host ]; then
+    $B --install -s /bin
+    $B ifconfig lo 127.0.0.1
+    /bed/host
+fi
+[ "$only" = host ] || /bed/bed $only
 # System calls for which a monitor was ended.
 $B dmesg | $B grep type=1326
 echo "bed: end"
@@ -134,6 +139,7 @@ pub(super) fn build(repository: &Repository, dir: &Path, debian: &Debian) -> Res
     bed.file("bed/vmlinux", &vmlinux::extract(&kernel)?)?;
     bed.file("bed/inner.cpio", &inner.finish()?)?;
     bed.copy("bed/root.ext4", &root)?;
+    host::add(&mut bed, repository)?;
     let image = dir.join("bed.cpio");
     fs::write(&image, bed.finish()?).with_context(|| image.display().to_string())?;
     Ok(image)
