@@ -8,7 +8,9 @@
 //! * [`ingress`]: HTTP from clients
 //! * [`control`]: the admin API
 //! * [`data`]: the data plane, put together
+//! * [`outbound`]: HTTP from guests to the world
 //! * [`state`]: intent, kept in SQLite and blobs
+//! * [`storage`]: volumes and their quotas
 //! * [`tls`]: certificates of the listeners
 //! * [`serve`]: both planes, started and drained
 #![deny(unsafe_code)]
@@ -20,7 +22,9 @@ pub mod engine;
 pub mod ingress;
 pub mod machines;
 pub mod messages;
+pub mod outbound;
 pub mod pool;
 pub mod serve;
 pub mod state;
+pub mod storage;
 pub mod tls;

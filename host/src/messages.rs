@@ -24,9 +24,11 @@ use std::time::SystemTime;
 use insula_types::spec::{ServiceSpec, TenantSpec};
 use insula_types::{
     Bytes, Digest, Outcome, ServiceId, ServiceName, TenantId, TenantName, Traffic, VersionNumber,
+    VolumeId, VolumeSpec,
 };
 
 use crate::pool::conduct::Conduct;
+use crate::storage::Usage;
 
 /// Commands that wait in the channel, at most.
 pub const COMMAND_QUEUE: usize = 64;
@@ -62,6 +64,30 @@ pub enum ToData {
     Service(Box<ServiceIntent>),
     /// The service is gone: running requests are cancelled, series removed.
     DropService(ServiceId),
+    /// There is a volume. Creates it or changes its quota; comes after its tenant and before the
+    /// services that mount it.
+    Volume {
+        /// Its id.
+        id: VolumeId,
+        /// Its tenant, known to data already.
+        tenant: TenantId,
+        /// How much it holds.
+        spec: VolumeSpec,
+        /// Its directory.
+        directory: File,
+    },
+    /// The volume is gone, or will be: nothing mounts it.
+    DropVolume(VolumeId),
+    /// Copy what a volume holds at one moment into an empty directory, durably. Answered when that
+    /// is done; commands after it are not held up.
+    CopyVolume {
+        /// Which.
+        from: VolumeId,
+        /// The directory.
+        to: File,
+        /// What the copy may take.
+        spec: VolumeSpec,
+    },
     /// The whole intent has been told: accept connections. Until then the kernel holds them, so
     /// that a restart answers late and not wrongly.
     Open,
@@ -91,6 +117,8 @@ pub struct ServiceIntent {
     /// names only. The service is refused when one with a share cannot be loaded; others are left
     /// out.
     pub versions: Vec<IntendedVersion>,
+    /// The volumes that `spec` mounts, in its order.
+    pub mounts: Vec<VolumeId>,
 }
 
 /// A version to keep ready.
@@ -149,6 +177,12 @@ pub enum Refusal {
         /// What was wrong with it.
         reason: String,
     },
+    /// The intent names a volume that data does not know.
+    #[error("volume {0} is not known to the data plane")]
+    UnknownVolume(VolumeId),
+    /// A volume could not be copied.
+    #[error("the volume was not copied: {0}")]
+    Storage(String),
     /// The tenant's envelope does not fit the host.
     #[error("the tenant's envelope does not fit: {0}")]
     Envelope(String),
@@ -164,6 +198,8 @@ pub struct Collected {
     pub versions: Vec<VersionDelta>,
     /// Services whose artefact could not be loaded any more when a request came. Each is told once.
     pub broken: Vec<(TenantName, ServiceName)>,
+    /// What each volume takes that was counted.
+    pub volumes: Vec<(VolumeId, Usage)>,
     /// The data plane's families, in the Prometheus text format.
     pub metrics: String,
 }

@@ -17,6 +17,7 @@ use crate::engine::config::WASMTIME_VERSION;
 use crate::messages::{COMMAND_QUEUE, REPORT_QUEUE};
 use crate::state::DataDir;
 use crate::state::dir::DataDirError;
+use crate::storage::has_openat2;
 use crate::tls::{self, Certificate, TlsError, TlsFiles, Use};
 
 /// The file with the key that seals artefacts.
@@ -25,6 +26,12 @@ const KEY_FILE: &str = "artefact.key";
 /// Why the host did not start.
 #[derive(Debug, thiserror::Error)]
 pub enum StartError {
+    /// The kernel cannot resolve a path below a directory in one step.
+    #[error(
+        "this kernel has no openat2 (Linux 5.6), or a sandbox refuses it: tenants' files could not be \
+         kept apart"
+    )]
+    NoOpenat2,
     /// The data directory.
     #[error(transparent)]
     DataDir(#[from] DataDirError),
@@ -96,10 +103,16 @@ impl Host {
             admin: UrlScheme::of(admin_certificate.as_ref()),
         };
         let directory = DataDir::open(&config.data_dir)?;
+        let root = directory.dir().map_err(StartError::Key)?;
+        if !has_openat2(&root) {
+            return Err(StartError::NoOpenat2);
+        }
         let key = directory.key(KEY_FILE).map_err(StartError::Key)?;
         let seal: Seal = {
             let key = ArtefactKey::from_bytes(key);
-            Arc::new(move |digest, artefact| artefact::seal(&key, digest, artefact))
+            Arc::new(move |digest, artefact| {
+                artefact::seal(&key, digest, artefact).map(|head| head.to_vec())
+            })
         };
         let (commands, commands_in) = mpsc::channel(COMMAND_QUEUE);
         let (reports_out, reports) = mpsc::channel(REPORT_QUEUE);
@@ -113,6 +126,7 @@ impl Host {
                 instances: config.instances,
                 code_idle: config.code_idle.into(),
                 guest_memory: config.guest_memory.unwrap_or_else(default_guest_memory),
+                outbound_networks: config.outbound_networks.clone(),
                 artefact_key: ArtefactKey::from_bytes(key),
             },
             commands_in,

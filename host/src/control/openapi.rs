@@ -86,6 +86,7 @@ fn parameters() -> Value {
     json!({
         "tenant": name("tenant"),
         "service": name("service"),
+        "volume": name("volume"),
         "machine": name("machine"),
         "image": {"name": "image", "in": "path", "required": true,
             "schema": reference("ImageName"), "description": "The image's name"},
@@ -141,8 +142,10 @@ fn operation(route: &Route) -> Value {
         "parameters": parameters,
         "responses": responses(route),
     });
-    if route.need == Need::Public {
-        operation["security"] = json!([]);
+    match route.need {
+        Need::Public => operation["security"] = json!([]),
+        Need::PublicOnLoopback => operation["security"] = json!([{}, {"token": []}]),
+        _ => {}
     }
     match route.takes {
         Takes::Nothing => {}
@@ -165,6 +168,11 @@ fn operation(route: &Route) -> Value {
 fn needs(need: Need) -> String {
     let (who, access) = match need {
         Need::Public => return "Needs no token.".to_owned(),
+        Need::PublicOnLoopback => {
+            return "Needs no token where the admin API listens on a loopback address, else a \
+                token of the host."
+                .to_owned();
+        }
         Need::Any(access) => ("any token", access),
         Need::Tenant(access) => ("a token of the host or of this tenant", access),
         Need::Host(access) => ("a token of the host", access),

@@ -15,14 +15,30 @@ const COLLECT_EVERY: Duration = Duration::from_secs(1);
 /// After how many collections the sums are stored.
 const CHECKPOINT_EVERY: u32 = 5;
 
+/// The end of the pump, however it comes: nobody waits for an answer that will not be handed over.
+struct Ending(Rc<Control>);
+
+impl Drop for Ending {
+    fn drop(&mut self) {
+        let control = &self.0;
+        control.link.close();
+        if control.readiness.get() != Readiness::Stopping {
+            tracing::error!("the data plane is gone");
+            control.readiness.set(Readiness::DataGone);
+        }
+    }
+}
+
 /// Takes reports until data is gone. Never waits for anything else: data's channel is bounded.
 pub(super) async fn pump(control: Rc<Control>, mut reports: mpsc::Receiver<FromData>) {
+    let _ending = Ending(Rc::clone(&control));
     while let Some(report) = reports.recv().await {
         match report {
             FromData::Ready { ingress } => control.ingress.set(Some(ingress)),
             FromData::Done { seq, result } => control.link.answer(seq, Answered::Done(result)),
             FromData::Collected { seq, collected } => {
                 control.ledger.borrow_mut().absorb(&collected.usage);
+                control.volumes.borrow_mut().extend(collected.volumes);
                 judge(&control, &collected.versions);
                 for (tenant, service) in collected.broken {
                     control.spawn(reconcile::mend(Rc::clone(&control), tenant, service));
@@ -33,11 +49,6 @@ pub(super) async fn pump(control: Rc<Control>, mut reports: mpsc::Receiver<FromD
             }
             FromData::Logs(records) => control.logs.borrow().take(&records),
         }
-    }
-    control.link.close();
-    if control.readiness.get() != Readiness::Stopping {
-        tracing::error!("the data plane is gone");
-        control.readiness.set(Readiness::DataGone);
     }
 }
 
@@ -74,6 +85,10 @@ pub(super) async fn tick(control: Rc<Control>) {
         if !told && let Some(reason) = control.health.stopped() {
             control.events.host_because("host.state_stopped", reason);
             told = true;
+        }
+        if !control.untold.borrow().is_empty() {
+            let background = Rc::clone(&control);
+            control.spawn(async move { deploy::tell_again(&background).await });
         }
         ticks = ticks.wrapping_add(1);
         if ticks.is_multiple_of(CHECKPOINT_EVERY)

@@ -11,6 +11,7 @@ use std::rc::Rc;
 
 use insula_types::{Digest, ServiceName, TenantName, Traffic};
 
+use super::api::volumes;
 use super::compile::Ticket;
 use super::deploy::{self, ApplyError};
 use super::http_types::PAGE_MAX;
@@ -33,6 +34,14 @@ pub(super) async fn reconcile(control: &Rc<Control>) -> Result<(), Problem> {
         .await??;
     if removed > 0 {
         tracing::info!(removed, "removed files that nothing refers to");
+    }
+    let referenced = control.store(|store| store.volume_directories()).await?;
+    let removed = control
+        .files
+        .run(move |files| files.collect_volumes(&referenced))
+        .await??;
+    if removed > 0 {
+        tracing::info!(removed, "removed volumes that nothing refers to");
     }
     // Before the tenants: of their memory machines have a part.
     super::machines::find(control).await?;
@@ -90,6 +99,7 @@ async fn send_tenant(
         // For example: fewer workers than before, and the reservations exceed them now.
         tracing::error!(tenant = %tenant.name, %refusal, "data refused a tenant");
     }
+    send_volumes(control, tenant).await?;
     let mut page = Page {
         after: None,
         limit: PAGE_MAX,
@@ -107,6 +117,13 @@ async fn send_tenant(
             return Ok(());
         }
     }
+}
+
+async fn send_volumes(control: &Rc<Control>, tenant: &Tenant) -> Result<(), Problem> {
+    for volume in control.all_volumes(&tenant.name).await? {
+        volumes::apply(control, &volume).await?;
+    }
+    Ok(())
 }
 
 async fn send_service(

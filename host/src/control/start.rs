@@ -213,7 +213,11 @@ async fn run(
     background.spawn_local(machines::share(Rc::clone(&control)));
     background.spawn_local(pump::pump(Rc::clone(&control), reports));
     let reconciled = reconcile::reconcile(&control).await;
-    reconciled.map_err(|problem| StartError::Reconcile(problem.detail().to_owned()))?;
+    reconciled.map_err(|problem| {
+        control.readiness.set(Readiness::Stopping);
+        StartError::Reconcile(problem.detail().to_owned())
+    })?;
+    control.link.started();
     background.spawn_local(pump::tick(Rc::clone(&control)));
     tracing::info!(admin = %control.admin, "the admin API is ready");
     // The starter waits for this.
@@ -270,11 +274,13 @@ async fn open(
         health,
         link: DataLink::new(commands),
         ledger: Default::default(),
+        volumes: Default::default(),
         trials: Default::default(),
         logs: Default::default(),
         events: Default::default(),
         failures: Default::default(),
         in_progress: Default::default(),
+        untold: Default::default(),
         mutation: Mutex::new(()),
         readiness: std::cell::Cell::new(Readiness::Reconciling),
         streams: Semaphore::new(STREAMS_MAX),

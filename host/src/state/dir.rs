@@ -9,6 +9,7 @@
 //!   snapshots.key    0600, authenticates machines' snapshots
 //!   blobs/<2 hex>/<hex>        uploaded components by SHA-256
 //!   artefacts/<hex>-<compat>   compiled ones
+//!   volumes/<hex>/             what tenants keep
 //!   tmp/             unfinished files; emptied at every start
 //! ```
 

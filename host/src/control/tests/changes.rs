@@ -53,6 +53,15 @@ fn every_route_that_changes_something_is_audited() {
     rig.delete("/v1/tenants/acme").refused(409, "has_machines");
     rig.delete(machine).expect(204);
     rig.delete("/v1/images/kernel").expect(204);
+    let volumes = "/v1/tenants/acme/volumes";
+    rig.put(&format!("{volumes}/data"), "{}").expect(201);
+    for (copy, what) in [("still", "snapshot"), ("twin", "clone")] {
+        let name = json!({"name": copy}).to_string();
+        rig.post(&format!("{volumes}/data/{what}"), &name)
+            .expect(201);
+        rig.delete(&format!("{volumes}/{copy}")).expect(204);
+    }
+    rig.delete(&format!("{volumes}/data")).expect(204);
     rig.delete(WEB).expect(204);
     rig.delete("/v1/tenants/acme").expect(204);
     let seen: BTreeSet<String> = operations(&rig).into_iter().collect();

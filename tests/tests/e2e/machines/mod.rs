@@ -2,6 +2,8 @@
 //! runs on any KVM that opens. What an ordinary kernel needs is shown in the bed (`cargo xtask
 //! vm-test`).
 
+// One kernel for the tests of the monitor and of the host.
+#[path = "../../../../vmm/tests/monitor/kernel.rs"]
 mod kernel;
 
 use std::fs;
