@@ -43,7 +43,7 @@ usage: cargo xtask VERB
                with WORD only the cases that have it in their names
   fuzz TARGET [--seconds N] [--seed N]
                hostile drivers by chance against a device of the monitor: rng, block, overlay, net,
-               vsock, balloon or all
+               vsock, balloon; its snapshots: snapshot; or all
   vm-bench [ROUNDS]
                the monitor beside QEMU's microvm machine, in the same bed
   lint         rustfmt and clippy

@@ -34,11 +34,11 @@ M=three/only
 busy 2
 sleep 3
 one=$(used one "$machines") three=$(used three "$machines")
-sleep 40
+sleep 20
 one=$(rate "$one" "$(used one "$machines")" 1) three=$(rate "$three" "$(used three "$machines")" 1)
 ratio=$(echo "$one $three" | awk '{ printf "%.2f", $2 / $1 }')
 near "$ratio" 3 || failed "shares of 1:3 are 1:$ratio: $one s and $three s"
-shown "shares of 1:3 are 1:$ratio, $one s and $three s of CPU in 40 s on two cores"
+shown "shares of 1:3 are 1:$ratio, $one s and $three s of CPU in 20 s on two cores"
 do_it insula machine delete one/only --force
 do_it insula machine delete three/only --force
 
@@ -53,7 +53,7 @@ asking &
 asker=$!
 sleep 5
 start=$(now) m=$(used acme "$machines") s=$(used acme "$services")
-sleep 60
+sleep 40
 end=$(now) m2=$(used acme "$machines") s2=$(used acme "$services")
 kill $asker
 seconds=$(echo "$start $end" | awk '{ print $2 - $1 }')

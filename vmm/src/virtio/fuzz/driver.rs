@@ -269,7 +269,7 @@ impl Hostile {
 }
 
 /// Another number somewhere in it, or one less or more of a list.
-fn change(value: &mut Value, random: &mut Random) {
+pub(super) fn change(value: &mut Value, random: &mut Random) {
     match value {
         Value::Object(fields) if !fields.is_empty() => {
             let at = usize::try_from(random.below(fields.len() as u64)).expect("few");

@@ -10,6 +10,7 @@
 
 mod driver;
 mod random;
+mod snapshot;
 mod targets;
 
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
@@ -47,8 +48,13 @@ fn number(variable: &str) -> Option<u64> {
     Some(text.parse().expect("a number"))
 }
 
-/// Runs sequences until the time is over.
+/// Runs sequences of hostile drivers.
 fn fuzz(name: &str, target: impl Fn(&mut Random) -> Target) {
+    repeat(name, |random| sequence(&target, random));
+}
+
+/// Runs sequences until the time is over.
+fn repeat(name: &str, sequence: impl Fn(&mut Random)) {
     let seconds = number("INSULA_FUZZ_SECONDS");
     let time = seconds.map_or(BRIEFLY, Duration::from_secs);
     let seed = number("INSULA_FUZZ_SEED").unwrap_or_else(|| {
@@ -62,7 +68,7 @@ fn fuzz(name: &str, target: impl Fn(&mut Random) -> Target) {
     let mut sequences = 0_u64;
     while Instant::now() < end {
         let mut random = Random::new(seed ^ sequences.wrapping_mul(0x9e37_79b9_7f4a_7c15));
-        let outcome = catch_unwind(AssertUnwindSafe(|| sequence(&target, &mut random)));
+        let outcome = catch_unwind(AssertUnwindSafe(|| sequence(&mut random)));
         if let Err(panic) = outcome {
             say(&format!("{name}: seed {seed}, sequence {sequences} failed"));
             resume_unwind(panic);
