@@ -8,6 +8,7 @@ use std::str::FromStr;
 use std::thread::available_parallelism;
 
 use insula_host::config::{DEFAULT_CEILING, DEFAULT_INSTANCES, HostConfig};
+use insula_host::process::keeper::DataProgram;
 use insula_host::tls::TlsFiles;
 use insula_types::spec::{RequestLimits, is_host_name};
 use insula_types::{Bytes, Millis};
@@ -182,6 +183,7 @@ pub(crate) fn resolve(
             bytes.map(Some).map_err(|error| error.to_string())
         }),
         drain: reader.read("drain", DEFAULT_DRAIN),
+        data_program: DataProgram::default(),
     };
     if !host.admin.ip().is_loopback() && host.admin_tls.is_none() {
         let place = reader.place("admin");

@@ -1,7 +1,8 @@
 //! The `insula` program: its verbs.
 //!
-//! `serve` runs a host in this process; `compile-component` is what a host runs as a child for
-//! every component it compiles. Everything else speaks only HTTP to a host.
+//! `serve` runs a host: control in this process, and `data-plane` as a child that serves requests;
+//! `compile-component` is what a host runs as a child for every component it compiles. Everything
+//! else speaks only HTTP to a host.
 //!
 //! * [`args`]: what can be typed
 //! * [`serve`], [`config`]: the host's process and its configuration
@@ -64,6 +65,9 @@ fn main() -> ExitCode {
     if let Verb::CompileComponent(_) = cli.verb {
         return insula_host::engine::compile_child_main();
     }
+    if let Verb::DataPlane(args) = &cli.verb {
+        return serve::data_plane(&args.log);
+    }
     match run(cli.verb) {
         Ok(code) => code,
         // Whoever read our output has seen enough, as in `insula logs t/s | head`.
@@ -84,6 +88,7 @@ fn run(verb: Verb) -> Result<ExitCode> {
         Verb::Restore(args) => backup::restore(&args)?,
         Verb::Doctor(args) => return doctor::run(&args),
         Verb::CompileComponent(_) => return Ok(insula_host::engine::compile_child_main()),
+        Verb::DataPlane(args) => return Ok(serve::data_plane(&args.log)),
         verb => block_on(speak(verb))?,
     }
     Ok(ExitCode::SUCCESS)
@@ -109,7 +114,8 @@ async fn speak(verb: Verb) -> Result<()> {
         | Verb::Build(_)
         | Verb::Restore(_)
         | Verb::Doctor(_)
-        | Verb::CompileComponent(_) => unreachable!("these speak to no host"),
+        | Verb::CompileComponent(_)
+        | Verb::DataPlane(_) => unreachable!("these speak to no host"),
     }
 }
 

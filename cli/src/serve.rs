@@ -1,4 +1,4 @@
-//! `insula serve`: the host in this process.
+//! `insula serve`: the host, control in this process and the data plane in a child of it.
 //!
 //! 1. Configuration: flags, environment, file.
 //! 2. Logging to stderr.
@@ -11,6 +11,7 @@
 
 use std::io::Read;
 use std::path::Path;
+use std::process::ExitCode;
 
 use anyhow::{Context, Result, anyhow, bail};
 use insula_host::serve::Host;
@@ -32,6 +33,8 @@ pub(crate) fn run(args: &ServeArgs) -> Result<()> {
     start_logging(&settings.log);
     raise_file_limit();
     let mut config = settings.host;
+    let log = ["--log".into(), settings.log.into()];
+    config.data_program.arguments.extend(log);
     let temporary = match settings.data {
         Data::At(dir) => {
             config.data_dir = dir;
@@ -56,6 +59,12 @@ pub(crate) fn run(args: &ServeArgs) -> Result<()> {
     drop(registration);
     drop(temporary);
     Ok(())
+}
+
+/// The child. Its logging begins before it has a link to say anything on.
+pub(crate) fn data_plane(log: &str) -> ExitCode {
+    start_logging(log);
+    insula_host::process::child::main()
 }
 
 fn settings(args: &ServeArgs) -> Result<Settings> {

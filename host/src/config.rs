@@ -6,6 +6,7 @@ use std::path::PathBuf;
 use insula_types::quantity::{Bytes, Fuel, Millis};
 use insula_types::spec::RequestLimits;
 
+use crate::process::keeper::DataProgram;
 use crate::tls::TlsFiles;
 
 /// What `insula serve` runs with. Made by the CLI from flags, environment and file.
@@ -33,6 +34,8 @@ pub struct HostConfig {
     pub guest_memory: Option<Bytes>,
     /// How long requests may go on after SIGTERM.
     pub drain: Millis,
+    /// What the data process runs.
+    pub data_program: DataProgram,
 }
 
 /// How URLs begin that lead to a listener.

@@ -2,6 +2,8 @@
 //!
 //! * [`config`]: what the host runs with
 //! * [`messages`]: all that crosses between control and data
+//! * [`link`]: how it crosses
+//! * [`process`]: the data plane as a process of its own
 //! * [`engine`]: the only place that names wasmtime
 //! * [`pool`]: worker threads and the dispatcher that polls guests in the scheduler's order
 //! * [`ingress`]: HTTP from clients
@@ -17,8 +19,10 @@ pub mod control;
 pub mod data;
 pub mod engine;
 pub mod ingress;
+pub mod link;
 pub mod messages;
 pub mod pool;
+pub mod process;
 pub mod serve;
 pub mod state;
 pub mod tls;

@@ -8,17 +8,15 @@
 //! ```
 //!
 //! *Control* owns intent (tenants, services, versions, tokens) and never runs guest code. *Data*
-//! owns the listeners and the pool and holds no database and no token. Today both live in one
-//! process and the messages travel over bounded channels; everything in them is plain data or an
-//! open file, so that they can travel over a Unix socket instead. For the same reason nothing
-//! else is shared between the two.
+//! owns the pool and holds no database and no token. They are two processes, and nothing else is
+//! shared between the two: everything in a message is plain data or an open file. How messages
+//! travel is [`crate::link`]'s business; the parameter `F` is what stands for a file there.
 //!
 //! Commands are applied in order and each is answered by one [`FromData::Done`] or
 //! [`FromData::Collected`] with its sequence number. They are idempotent: control repeats the
 //! whole intent after data was restarted.
 
 use std::fs::File;
-use std::net::SocketAddr;
 use std::time::SystemTime;
 
 use insula_types::spec::{ServiceSpec, TenantSpec};
@@ -26,25 +24,47 @@ use insula_types::{
     Digest, Outcome, ServiceId, ServiceName, TenantId, TenantName, Traffic, VersionNumber,
 };
 
+use serde::{Deserialize, Serialize};
+use tokio::sync::mpsc;
+
 use crate::pool::conduct::Conduct;
+use crate::tls::Pem;
 
 /// Commands that wait in the channel, at most.
 pub const COMMAND_QUEUE: usize = 64;
 /// Reports that wait in the channel, at most; logs beyond that are counted and dropped.
 pub const REPORT_QUEUE: usize = 256;
 
-/// A command and the number that its answer will carry.
+/// What control hears of the data plane.
 #[derive(Debug)]
-pub struct Command {
+pub enum DataEvent {
+    /// There is one, and it knows nothing yet.
+    Up {
+        /// Where it takes commands. A new one after every restart, so that no command meant for
+        /// the one before reaches it.
+        commands: mpsc::Sender<Command>,
+    },
+    /// It says something.
+    Says(FromData),
+    /// It has died; another is on its way.
+    Down {
+        /// The CPU time that it had used.
+        cpu_ns: u64,
+    },
+}
+
+/// A command and the number that its answer will carry.
+#[derive(Debug, Serialize, Deserialize)]
+pub struct Command<F = File> {
     /// Chosen by control, rising.
     pub seq: u64,
     /// What to do.
-    pub body: ToData,
+    pub body: ToData<F>,
 }
 
 /// From control to data.
-#[derive(Debug)]
-pub enum ToData {
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub enum ToData<F = File> {
     /// There is a tenant, with this envelope. Creates it or changes it.
     Tenant {
         /// Its id.
@@ -57,14 +77,21 @@ pub enum ToData {
     /// The tenant and its services are gone: running requests are cancelled, series removed.
     DropTenant(TenantId),
     /// There is a service. Creates it or changes it; answered when requests reach it.
-    Service(Box<ServiceIntent>),
+    Service(Box<ServiceIntent<F>>),
     /// The service is gone: running requests are cancelled, series removed.
     DropService(ServiceId),
     /// The whole intent has been told: accept connections. Until then the kernel holds them, so
     /// that a restart answers late and not wrongly.
     Open,
     /// Answer with [`FromData::Collected`].
-    Collect,
+    Collect {
+        /// What to collect.
+        what: Collect,
+        /// CPU time of control and of the children that it has waited for.
+        control_cpu_ns: u64,
+    },
+    /// The ingress has another certificate from now on.
+    Certificate(Pem),
     /// Accept no connection any more, finish what runs until the deadline, then answer.
     Drain {
         /// When to cancel what still runs.
@@ -72,9 +99,18 @@ pub enum ToData {
     },
 }
 
+/// What to answer a collection with.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Collect {
+    /// What was counted since the last time.
+    Usage,
+    /// That, and the families for the page of metrics.
+    Families,
+}
+
 /// A service as control wants it to be.
-#[derive(Debug)]
-pub struct ServiceIntent {
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct ServiceIntent<F = File> {
     /// Its id.
     pub id: ServiceId,
     /// Its tenant, known to data already.
@@ -84,34 +120,123 @@ pub struct ServiceIntent {
     /// Limits, environment, routes.
     pub spec: ServiceSpec,
     /// Which versions serve, and how much.
+    #[serde(with = "traffic_or_none")]
     pub traffic: Traffic,
     /// Versions to keep ready: all that `traffic` lists, and some that answer under their preview
     /// names only. The service is refused when one with a share cannot be loaded; others are left
     /// out.
-    pub versions: Vec<IntendedVersion>,
+    pub versions: Vec<IntendedVersion<F>>,
 }
 
 /// A version to keep ready.
-#[derive(Debug)]
-pub struct IntendedVersion {
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct IntendedVersion<F = File> {
     /// Its number.
     pub number: VersionNumber,
     /// The digest of the uploaded component.
     pub digest: Digest,
-    /// The compiled artefact, open for reading at offset 0. `None` where data has loaded this
+    /// The compiled artefact, open for reading, at any offset. `None` where data has loaded this
     /// digest before and control believes that it still holds it; data answers
     /// [`Refusal::ArtefactMissing`] when it does not.
-    pub artefact: Option<File>,
+    pub artefact: Option<F>,
+}
+
+impl<F> Command<F> {
+    /// The same with other stand-ins for its files.
+    ///
+    /// # Errors
+    /// The first that `change` has.
+    pub fn map_files<G, E>(
+        self,
+        change: &mut impl FnMut(F) -> Result<G, E>,
+    ) -> Result<Command<G>, E> {
+        Ok(Command {
+            seq: self.seq,
+            body: self.body.map_files(change)?,
+        })
+    }
+}
+
+impl<F> ToData<F> {
+    /// The same with other stand-ins for its files, which are met in a fixed order.
+    ///
+    /// # Errors
+    /// The first that `change` has.
+    pub fn map_files<G, E>(
+        self,
+        change: &mut impl FnMut(F) -> Result<G, E>,
+    ) -> Result<ToData<G>, E> {
+        Ok(match self {
+            Self::Service(intent) => ToData::Service(Box::new(intent.map_files(change)?)),
+            Self::Tenant { id, name, spec } => ToData::Tenant { id, name, spec },
+            Self::DropTenant(id) => ToData::DropTenant(id),
+            Self::DropService(id) => ToData::DropService(id),
+            Self::Open => ToData::Open,
+            Self::Collect {
+                what,
+                control_cpu_ns,
+            } => ToData::Collect {
+                what,
+                control_cpu_ns,
+            },
+            Self::Certificate(pem) => ToData::Certificate(pem),
+            Self::Drain { deadline } => ToData::Drain { deadline },
+        })
+    }
+}
+
+impl<F> ServiceIntent<F> {
+    fn map_files<G, E>(
+        self,
+        change: &mut impl FnMut(F) -> Result<G, E>,
+    ) -> Result<ServiceIntent<G>, E> {
+        let mut versions = Vec::with_capacity(self.versions.len());
+        for version in self.versions {
+            versions.push(IntendedVersion {
+                number: version.number,
+                digest: version.digest,
+                artefact: version.artefact.map(&mut *change).transpose()?,
+            });
+        }
+        Ok(ServiceIntent {
+            id: self.id,
+            tenant: self.tenant,
+            name: self.name,
+            spec: self.spec,
+            traffic: self.traffic,
+            versions,
+        })
+    }
+}
+
+/// Traffic is never empty in a document that somebody sends; here it may be.
+mod traffic_or_none {
+    use insula_types::Traffic;
+    use serde::{Deserialize, Deserializer, Serialize, Serializer};
+
+    pub(super) fn serialize<S: Serializer>(
+        traffic: &Traffic,
+        serializer: S,
+    ) -> Result<S::Ok, S::Error> {
+        Some(traffic)
+            .filter(|traffic| !traffic.is_none())
+            .serialize(serializer)
+    }
+
+    pub(super) fn deserialize<'de, D: Deserializer<'de>>(
+        deserializer: D,
+    ) -> Result<Traffic, D::Error> {
+        Option::deserialize(deserializer).map(Option::unwrap_or_default)
+    }
 }
 
 /// From data to control.
-#[derive(Debug)]
+#[derive(Debug, Serialize, Deserialize)]
 pub enum FromData {
-    /// The ingress listens.
-    Ready {
-        /// Where.
-        ingress: SocketAddr,
-    },
+    /// It runs and takes commands. The first that it says, once.
+    Ready,
+    /// It could not start, and ends.
+    Failed(String),
     /// The answer to a command.
     Done {
         /// Of which command.
@@ -131,7 +256,7 @@ pub enum FromData {
 }
 
 /// Why data did not apply a command.
-#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error, Serialize, Deserialize)]
 pub enum Refusal {
     /// The intent names a tenant that data does not know.
     #[error("tenant {0} is not known to the data plane")]
@@ -154,18 +279,18 @@ pub enum Refusal {
 
 /// What data counted since it was asked last (`usage`, moved out: each count is delivered once)
 /// and what it shows now (`metrics`).
-#[derive(Debug, Default)]
+#[derive(Debug, Default, Serialize, Deserialize)]
 pub struct Collected {
     /// One entry per service that did something.
     pub usage: Vec<UsageDelta>,
     /// One entry per version that ended requests.
     pub versions: Vec<VersionDelta>,
-    /// The data plane's families, in the Prometheus text format.
-    pub metrics: String,
+    /// The data plane's families, in the Prometheus text format, where they were asked for.
+    pub metrics: Option<String>,
 }
 
 /// What a service used since the last collection.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct UsageDelta {
     /// Its tenant.
     pub tenant: TenantId,
@@ -186,7 +311,7 @@ pub struct UsageDelta {
 }
 
 /// How a version behaved since the last collection.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct VersionDelta {
     /// The service.
     pub service: ServiceId,
@@ -197,7 +322,7 @@ pub struct VersionDelta {
 }
 
 /// Where a log line came from.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub enum LogSource {
     /// The guest's standard output.
     Stdout,
@@ -220,7 +345,7 @@ impl LogSource {
 }
 
 /// One line of a service's log. Its text is the guest's: hostile, length-limited, never a label.
-#[derive(Clone)]
+#[derive(Clone, Serialize, Deserialize)]
 pub struct LogRecord {
     /// The service.
     pub service: ServiceId,

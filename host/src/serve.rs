@@ -1,20 +1,17 @@
-//! A whole host in one process: data plane and control plane, wired by two channels.
+//! A whole host: the control plane in this process, the data plane in a child.
 
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
-
-use tokio::sync::mpsc;
 
 use insula_types::quantity::Bytes;
 
 use crate::config::{HostConfig, UrlScheme};
 use crate::control::machine::Machine;
 use crate::control::{self, Compiler, ControlConfig, ControlPlane, Seal};
-use crate::data::{self, DataConfig, DataPlane};
 use crate::engine::artefact::{self, ArtefactKey};
 use crate::engine::config::WASMTIME_VERSION;
-use crate::messages::{COMMAND_QUEUE, REPORT_QUEUE};
+use crate::process::keeper::{self, DataSpec, Keeper};
 use crate::state::DataDir;
 use crate::state::dir::DataDirError;
 use crate::tls::{self, Certificate, TlsError, TlsFiles, Use};
@@ -33,7 +30,7 @@ pub enum StartError {
     Key(std::io::Error),
     /// The data plane.
     #[error(transparent)]
-    Data(#[from] data::StartError),
+    Data(#[from] keeper::StartError),
     /// The control plane.
     #[error(transparent)]
     Control(#[from] control::StartError),
@@ -48,9 +45,9 @@ pub enum StartError {
 /// A running host. Dropping it is a shutdown without a drain.
 #[derive(Debug)]
 pub struct Host {
-    // In this order: control says goodbye to data, then data's threads are joined.
+    // In this order: control lets go of data, then its keeper waits for its end.
     control: ControlPlane,
-    data: DataPlane,
+    data: Keeper,
     drain: Duration,
     schemes: Schemes,
     /// Looks after the certificates.
@@ -101,27 +98,24 @@ impl Host {
             let key = ArtefactKey::from_bytes(key);
             Arc::new(move |digest, artefact| artefact::seal(&key, digest, artefact))
         };
-        let (commands, commands_in) = mpsc::channel(COMMAND_QUEUE);
-        let (reports_out, reports) = mpsc::channel(REPORT_QUEUE);
-        let data = data::start(
-            DataConfig {
-                listen: config.listen,
-                certificate: ingress_certificate,
-                domain: config.domain.clone(),
-                workers: config.workers,
-                ceiling: config.ceiling,
-                instances: config.instances,
-                guest_memory: config.guest_memory.unwrap_or_else(default_guest_memory),
-                artefact_key: ArtefactKey::from_bytes(key),
-            },
-            commands_in,
-            reports_out,
-        )?;
-        // If this fails, the command channel is closed by then and `data` joins its threads.
+        let (data, events) = keeper::start(DataSpec {
+            program: config.data_program,
+            listen: config.listen,
+            certificate: ingress_certificate.clone(),
+            domain: config.domain.clone(),
+            workers: config.workers,
+            ceiling: config.ceiling,
+            instances: config.instances,
+            guest_memory: config.guest_memory.unwrap_or_else(default_guest_memory),
+            artefact_key: key,
+        })?;
+        // If this fails, the events are closed by then and `data` joins its thread.
         let control = control::start(
             ControlConfig {
                 admin: config.admin,
                 certificate: admin_certificate,
+                ingress: data.ingress(),
+                ingress_certificate,
                 ingress_scheme: schemes.ingress,
                 domain: config.domain,
                 workers: config.workers,
@@ -133,8 +127,7 @@ impl Host {
                 seal,
             },
             directory,
-            commands,
-            reports,
+            events,
         )?;
         let watch = (!certificates.is_empty()).then(|| tls::Watch::start(certificates));
         Ok(Self {
@@ -172,7 +165,7 @@ impl Host {
 
     /// Stops in order and blocks until everything is stored and closed:
     /// 1. to 4. as in [`control::start`]: admin API, drain of data, last usage, state;
-    /// 5. the data plane's threads are joined.
+    /// 5. the data process is waited for.
     pub fn shutdown(self) {
         self.control.shutdown(self.drain);
         drop(self.data);

@@ -13,8 +13,9 @@
 //! of its own, so that a client that goes away does not leave a change half done.
 //!
 //! Failures: the store refuses → nothing happened, a problem says why. Data refuses an activation
-//! → it is taken back. Data does not answer → the change is stored and the problem says so. The
-//! host dies → the next start reconciles data with the store (`reconcile`).
+//! → it is taken back. Data dies → it is told everything again, the change with it (`link`). Data
+//! does not answer → the change is stored and the problem says so. The host dies → the next start
+//! reconciles data with the store (`reconcile`).
 //!
 //! *Invariant:* nothing on the control thread waits for a disk, a child or another thread.
 
@@ -74,7 +75,7 @@ pub(crate) enum Readiness {
     Reconciling,
     /// All that is intended is served.
     Ready,
-    /// Data is gone.
+    /// Data has died, and another is on its way.
     DataGone,
     /// The host is draining.
     Stopping,
@@ -83,7 +84,6 @@ pub(crate) enum Readiness {
 /// What all handlers share. Lives on the control thread.
 pub(crate) struct Control {
     pub(crate) config: ControlConfig,
-    pub(crate) ingress: Cell<Option<SocketAddr>>,
     pub(crate) admin: SocketAddr,
     pub(crate) started: Timestamp,
     started_at: tokio::time::Instant,

@@ -1,4 +1,4 @@
-//! Making data serve what is intended, at the start.
+//! Making data serve what is intended: at the start, and when data was started again.
 //!
 //! 1. Stored usage becomes the ledger's beginning.
 //! 2. Files that nothing refers to are removed.
@@ -6,6 +6,9 @@
 //! 4. A service whose artefact is missing (another engine or CPU) or refused (damaged) is sent
 //!    without a version; its component is compiled again in the background, and sent again.
 //! 5. Data is told to accept connections; when the last compilation is done, the host is ready.
+//!
+//! For a data plane that was started again it is 3 to 5. Changes go on meanwhile up to their commit,
+//! and are sent when all is told: what was read here before that commit is old, and is put right.
 
 use std::rc::Rc;
 
@@ -14,13 +17,13 @@ use insula_types::{Digest, Traffic};
 use super::compile::Ticket;
 use super::deploy::{self, ApplyError};
 use super::http_types::PAGE_MAX;
-use super::link::LinkError;
+use super::link::{Life, LinkError};
 use super::problem::{Code, Problem};
 use super::{Control, Readiness};
 use crate::messages::{Refusal, ToData};
 use crate::state::{Page, Service, Tenant};
 
-/// Steps 1 to 3; what is left to compile goes on in the background.
+/// Steps 1 and 2, once; then the others, until a data plane knows everything.
 pub(super) async fn reconcile(control: &Rc<Control>) -> Result<(), Problem> {
     let stored = control.store(|store| store.usage()).await?;
     control.ledger.borrow_mut().load(stored);
@@ -32,6 +35,37 @@ pub(super) async fn reconcile(control: &Rc<Control>) -> Result<(), Problem> {
     if removed > 0 {
         tracing::info!(removed, "removed files that nothing refers to");
     }
+    loop {
+        let life = control.link.alive().await;
+        match tell(control, life).await {
+            // It died of it, perhaps; its keeper starts others, and says so.
+            Err(problem) if problem.code() == Code::DataUnavailable => {}
+            told => return told,
+        }
+    }
+}
+
+/// Tells a data plane that was started again, in the background. While that goes on, changes wait.
+pub(super) fn tell_again(control: &Rc<Control>) {
+    let background = Rc::clone(control);
+    control.spawn(async move {
+        let life = background.link.alive().await;
+        while let Err(problem) = tell(&background, life).await {
+            if problem.code() == Code::DataUnavailable {
+                // Another life: another task does this for it.
+                return;
+            }
+            tracing::error!(problem = problem.detail(), "cannot tell data what to serve");
+            tokio::time::sleep(TELL_PAUSE).await;
+        }
+    });
+}
+
+/// Pause before another attempt to read the state.
+const TELL_PAUSE: std::time::Duration = std::time::Duration::from_secs(1);
+
+/// Steps 3 to 5; what is left to compile goes on in the background.
+async fn tell(control: &Rc<Control>, life: Life) -> Result<(), Problem> {
     let mut broken = Vec::new();
     let mut page = Page {
         after: None,
@@ -41,18 +75,23 @@ pub(super) async fn reconcile(control: &Rc<Control>) -> Result<(), Problem> {
         let asked = page.clone();
         let tenants = control.store(move |store| store.tenants(&asked)).await?;
         for tenant in tenants.items {
-            send_tenant(control, &tenant, &mut broken).await?;
+            send_tenant(control, life, &tenant, &mut broken).await?;
         }
         page.after = tenants.next;
         if page.after.is_none() {
             break;
         }
     }
-    control.link.apply(ToData::Open).await?;
+    control.link.tell(life, ToData::Open).await?;
+    control.link.opened(life);
+    if control.readiness.get() == Readiness::Stopping {
+        return Ok(());
+    }
     if broken.is_empty() {
         control.readiness.set(Readiness::Ready);
         return Ok(());
     }
+    control.readiness.set(Readiness::Reconciling);
     tracing::warn!(
         services = broken.len(),
         "compiling again what has no usable artefact"
@@ -75,6 +114,7 @@ pub(super) async fn reconcile(control: &Rc<Control>) -> Result<(), Problem> {
 
 async fn send_tenant(
     control: &Rc<Control>,
+    life: Life,
     tenant: &Tenant,
     broken: &mut Vec<Service>,
 ) -> Result<(), Problem> {
@@ -84,7 +124,7 @@ async fn send_tenant(
         name: tenant.name.clone(),
         spec: tenant.spec.clone(),
     };
-    if let Err(error) = control.link.apply(body).await {
+    if let Err(error) = control.link.tell(life, body).await {
         let LinkError::Refused(refusal) = error else {
             return Err(error.into());
         };
@@ -101,7 +141,7 @@ async fn send_tenant(
             .store(move |store| store.services(&name, &asked))
             .await?;
         for service in services.items {
-            send_service(control, service, broken).await?;
+            send_service(control, life, service, broken).await?;
         }
         page.after = services.next;
         if page.after.is_none() {
@@ -112,6 +152,7 @@ async fn send_tenant(
 
 async fn send_service(
     control: &Rc<Control>,
+    life: Life,
     service: Service,
     broken: &mut Vec<Service>,
 ) -> Result<(), Problem> {
@@ -120,7 +161,7 @@ async fn send_service(
         .borrow_mut()
         .add_service(service.tenant, service.id);
     control.logs.borrow_mut().add_service(service.id);
-    match deploy::apply_service(control, &service).await {
+    match tell_service(control, life, &service).await {
         Ok(()) => Ok(()),
         Err(ApplyError::Link(LinkError::Refused(refusal))) => {
             tracing::warn!(service = %service.id, %refusal, "a service is not served yet");
@@ -129,7 +170,7 @@ async fn send_service(
                 held: Vec::new(),
                 ..service.clone()
             };
-            if let Err(error) = deploy::apply_service(control, &dark).await {
+            if let Err(error) = tell_service(control, life, &dark).await {
                 tracing::error!(service = %service.id, %error, "data refused a service");
             }
             if matches!(
@@ -142,6 +183,11 @@ async fn send_service(
         }
         Err(error) => Err(error.into()),
     }
+}
+
+async fn tell_service(control: &Control, life: Life, service: &Service) -> Result<(), ApplyError> {
+    let intent = deploy::intent(control, service).await?;
+    Ok(control.link.tell(life, intent).await?)
 }
 
 async fn recompile(control: &Rc<Control>, broken: &Service) -> Result<(), Problem> {

@@ -17,7 +17,7 @@ use super::link::DataLink;
 use super::machine::Machine;
 use super::{Control, Readiness, STREAMS_MAX, pump, reconcile, server};
 use crate::config::UrlScheme;
-use crate::messages::{Command, FromData};
+use crate::messages::DataEvent;
 use crate::state::sqlite::OpenError;
 use crate::state::{Blobs, DataDir, Health, SqliteStore, Store, Timestamp, Worker};
 use crate::tls::Certificate;
@@ -29,6 +29,10 @@ pub struct ControlConfig {
     pub admin: SocketAddr,
     /// What makes it speak TLS; needed where `admin` is not a loopback address.
     pub certificate: Option<Arc<Certificate>>,
+    /// Where data's listeners are.
+    pub ingress: SocketAddr,
+    /// What makes them speak TLS: handed over to data when it changes.
+    pub ingress_certificate: Option<Arc<Certificate>>,
     /// How URLs of services begin.
     pub ingress_scheme: UrlScheme,
     /// Services answer on `<service>.<tenant>.<domain>`.
@@ -151,8 +155,7 @@ impl Drop for ControlPlane {
 pub fn start(
     config: ControlConfig,
     data: DataDir,
-    commands: mpsc::Sender<Command>,
-    reports: mpsc::Receiver<FromData>,
+    events: mpsc::Receiver<DataEvent>,
 ) -> Result<ControlPlane, StartError> {
     let (started, start) = std::sync::mpsc::sync_channel(1);
     let (stop, stopped) = oneshot::channel();
@@ -164,10 +167,7 @@ pub fn start(
                 .build();
             let local = LocalSet::new();
             let result = runtime.map_err(StartError::from).and_then(|runtime| {
-                local.block_on(
-                    &runtime,
-                    run(config, &data, (commands, reports), &started, stopped),
-                )
+                local.block_on(&runtime, run(config, &data, events, &started, stopped))
             });
             if let Err(error) = result {
                 // The starter waits for this.
@@ -193,20 +193,19 @@ pub fn start(
     })
 }
 
-type Channels = (mpsc::Sender<Command>, mpsc::Receiver<FromData>);
 type Started = std::sync::mpsc::SyncSender<Result<SocketAddr, StartError>>;
 
 /// The whole life of the control thread.
 async fn run(
     config: ControlConfig,
     data: &DataDir,
-    (commands, reports): Channels,
+    events: mpsc::Receiver<DataEvent>,
     started: &Started,
     stopped: oneshot::Receiver<Duration>,
 ) -> Result<(), StartError> {
-    let (control, listener) = open(config, data, commands).await?;
+    let (control, listener) = open(config, data).await?;
     let mut background = JoinSet::new();
-    background.spawn_local(pump::pump(Rc::clone(&control), reports));
+    background.spawn_local(pump::pump(Rc::clone(&control), events));
     let reconciled = reconcile::reconcile(&control).await;
     reconciled.map_err(|problem| StartError::Reconcile(problem.detail().to_owned()))?;
     background.spawn_local(pump::tick(Rc::clone(&control)));
@@ -235,7 +234,6 @@ async fn run(
 async fn open(
     config: ControlConfig,
     data: &DataDir,
-    commands: mpsc::Sender<Command>,
 ) -> Result<(Rc<Control>, TcpListener), StartError> {
     let address = config.admin;
     if !address.ip().is_loopback() && config.certificate.is_none() {
@@ -252,7 +250,6 @@ async fn open(
     let control = Control {
         compilers: Rc::new(Compilers::start(&config.compiler, &config.seal)?),
         config,
-        ingress: std::cell::Cell::new(None),
         admin,
         started: now,
         started_at: tokio::time::Instant::now(),
@@ -260,7 +257,7 @@ async fn open(
         store: Worker::start("insula-state", store)?,
         files: Worker::start("insula-files", files)?,
         health,
-        link: DataLink::new(commands),
+        link: DataLink::new(),
         ledger: Default::default(),
         trials: Default::default(),
         logs: Default::default(),

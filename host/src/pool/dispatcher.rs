@@ -307,8 +307,8 @@ impl Pool {
         Lender { worker: id, core }
     }
 
-    /// CPU time of the host itself so far, in nanoseconds: the workers' outside of slices, and
-    /// all of the other threads and children.
+    /// CPU time that this process has used for no tenant so far, in nanoseconds: the workers'
+    /// outside of slices, and all of the other threads.
     pub fn host_cpu_ns(&self) -> u64 {
         let mut tids = self.runners.tids().clone();
         tids.extend(
@@ -321,7 +321,8 @@ impl Pool {
             .iter()
             .map(|slot| slot.host_ns.load(Ordering::Relaxed))
             .sum();
-        workers + self.runners.host_ns() + super::clock::other_cpu_ns(&tids)
+        let others = super::clock::cpu_ns_without(&tids);
+        workers + self.runners.host_ns() + others.saturating_sub(self.runners.gone_ns())
     }
 
     /// Time that a tenant's runnable requests waited for a core, and time that its limit held

@@ -22,3 +22,4 @@ mod samples;
 mod streaming;
 mod tls;
 mod traffic;
+mod two_processes;

@@ -28,7 +28,7 @@ pub(crate) async fn ready(control: Rc<Control>, _: Call) -> Answer {
     let waiting = match control.readiness.get() {
         Readiness::Ready => return Ok(Reply::text("text/plain", "ready\n".to_owned())),
         Readiness::Reconciling => "services are being started",
-        Readiness::DataGone => "the data plane is gone; restart the host",
+        Readiness::DataGone => "the data plane has died and is started again",
         Readiness::Stopping => "the host is stopping",
     };
     Err(Problem::new(Code::NotReady, waiting).retry_after(1))
@@ -47,9 +47,10 @@ pub(crate) async fn host(control: Rc<Control>, _: Call) -> Answer {
         "wasmtime": config.engine_version,
         "kvm": {"support": control.machine.kvm},
         "domain": config.domain,
-        "ingress": control.ingress.get(),
+        "ingress": config.ingress,
         "admin": control.admin,
         "started_at": control.started,
+        "data_plane": {"restarts": control.link.restarts()},
         "workers": config.workers,
         "capacity": {
             "cpu_millicores": config.capacity_millicores(),
@@ -69,7 +70,7 @@ pub(crate) async fn host(control: Rc<Control>, _: Call) -> Answer {
 /// Control's families, then data's.
 pub(crate) async fn metrics(control: Rc<Control>, _: Call) -> Answer {
     let mut text = own_families(&control).await?;
-    match control.link.collect().await {
+    match control.link.families().await {
         Ok(families) => text.push_str(&families),
         // The host's own numbers are worth having when data is in trouble.
         Err(error) => tracing::warn!(%error, "metrics without the data plane's"),

@@ -1,0 +1,172 @@
+//! What the data process does.
+//!
+//! 1. The link is descriptor 0.
+//! 2. It asks the kernel to be killed when its parent dies, and does not end at a terminal's or a
+//!    service manager's signals: its parent drains it.
+//! 3. The assignment comes over the link.
+//! 4. The engine is made.
+//! 5. Threads start: workers, the desk, and the link's own.
+//! 6. [`FromData::Ready`] goes out, and commands are taken until the link closes.
+//! 7. What still runs is cancelled, threads are joined, the process ends.
+//!
+//! What goes wrong before 6 is said as [`FromData::Failed`].
+
+use std::io;
+use std::net::TcpListener;
+use std::os::fd::AsFd;
+use std::os::unix::net::UnixStream as Blocking;
+use std::process::ExitCode;
+
+use rustix::process::{Signal, set_parent_process_death_signal};
+use tokio::net::UnixStream;
+use tokio::signal::unix::{SignalKind, signal};
+use tokio::sync::mpsc;
+
+use super::Assignment;
+use crate::data::{self, DataConfig, DataPlane};
+use crate::engine::artefact::ArtefactKey;
+use crate::link::{LinkError, socket};
+use crate::messages::{COMMAND_QUEUE, Command, FromData, REPORT_QUEUE};
+use crate::tls::{Certificate, Use};
+
+/// The whole life of the data process. To be called by the program before it has a second thread.
+#[must_use]
+pub fn main() -> ExitCode {
+    let link = match take_link() {
+        Ok(link) => link,
+        Err(error) => {
+            tracing::error!(%error, "the data process is started by the host, not by hand");
+            return ExitCode::FAILURE;
+        }
+    };
+    match start(&link) {
+        Ok(running) => serve(running, link),
+        Err(reason) => {
+            // If nobody listens any more, the exit code still tells.
+            let _ = socket::send_blocking(&link, FromData::Failed(reason));
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// Takes descriptor 0 for the link. Nothing else here reads from it.
+fn take_link() -> io::Result<Blocking> {
+    let link = io::stdin().as_fd().try_clone_to_owned()?;
+    // Asks for a name that only a socket has.
+    rustix::net::getsockname(&link)?;
+    // Where this is too late, the link is closed already.
+    set_parent_process_death_signal(Some(Signal::KILL))?;
+    Ok(link.into())
+}
+
+/// A data plane, and the ends of its channels.
+struct Running {
+    plane: DataPlane,
+    commands: mpsc::Sender<Command>,
+    reports: mpsc::Receiver<FromData>,
+}
+
+fn start(link: &Blocking) -> Result<Running, String> {
+    let mut inbox = socket::Inbox::default();
+    let assignment = socket::receive_blocking(link, &mut inbox);
+    let Assignment {
+        settings,
+        listeners,
+    } = assignment.map_err(|error: LinkError| error.to_string())?;
+    let certificate = settings
+        .certificate
+        .map(|pem| Certificate::handed_over(pem, Use::Ingress))
+        .transpose()
+        .map_err(|error| error.to_string())?;
+    let config = DataConfig {
+        certificate,
+        domain: settings.domain,
+        ceiling: settings.ceiling.into(),
+        instances: settings.instances,
+        guest_memory: settings.guest_memory,
+        artefact_key: ArtefactKey::from_bytes(settings.artefact_key),
+    };
+    let engine = data::engine(&config).map_err(|error| error.to_string())?;
+    let listeners = shared(listeners, settings.workers).map_err(|error| error.to_string())?;
+    let (commands, commands_in) = mpsc::channel(COMMAND_QUEUE);
+    let (reports_out, reports) = mpsc::channel(REPORT_QUEUE);
+    let plane = data::start(config, engine, listeners, commands_in, reports_out);
+    Ok(Running {
+        plane: plane.map_err(|error| error.to_string())?,
+        commands,
+        reports,
+    })
+}
+
+/// A listener for each worker: where there are fewer, some have one together.
+fn shared(listeners: Vec<TcpListener>, workers: usize) -> io::Result<Vec<TcpListener>> {
+    let mut all = Vec::with_capacity(workers);
+    for listener in listeners
+        .iter()
+        .cycle()
+        .take(workers.saturating_sub(listeners.len()))
+    {
+        all.push(listener.try_clone()?);
+    }
+    all.extend(listeners);
+    Ok(all)
+}
+
+/// Moves messages on the calling thread until the link closes or the desk is gone.
+fn serve(running: Running, link: Blocking) -> ExitCode {
+    let Running {
+        plane,
+        commands,
+        reports,
+    } = running;
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build();
+    let ended = runtime
+        .map_err(LinkError::from)
+        .and_then(|runtime| runtime.block_on(carry(link, commands, reports)));
+    // The command channel is closed by now, and the desk tells the workers to leave.
+    drop(plane);
+    match ended {
+        Ok(()) | Err(LinkError::Closed) => ExitCode::SUCCESS,
+        Err(error) => {
+            tracing::error!(%error, "the link to control failed");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+async fn carry(
+    link: Blocking,
+    commands: mpsc::Sender<Command>,
+    mut reports: mpsc::Receiver<FromData>,
+) -> Result<(), LinkError> {
+    // A handler that is there and does nothing: they are for the parent, which tells us to drain.
+    let _deaf = [
+        signal(SignalKind::terminate())?,
+        signal(SignalKind::interrupt())?,
+        signal(SignalKind::hangup())?,
+    ];
+    link.set_nonblocking(true)?;
+    let link = UnixStream::from_std(link)?;
+    let mut inbox = socket::Inbox::default();
+    let incoming = async {
+        loop {
+            let command = socket::receive(&link, &mut inbox).await?;
+            if commands.send(command).await.is_err() {
+                return Ok(());
+            }
+        }
+    };
+    let outgoing = async {
+        while let Some(report) = reports.recv().await {
+            socket::send(&link, report).await?;
+        }
+        Ok(())
+    };
+    // Whichever ends first ends the connection; what the other one was at is of no use then.
+    tokio::select! {
+        ended = incoming => ended,
+        ended = outgoing => ended,
+    }
+}

@@ -1,0 +1,178 @@
+//! Control and data are two processes: either may be killed at any time.
+
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+use insula_tests::wait::{holds, until};
+use insula_tests::{Service, TestHost, guests};
+use serde_json::json;
+
+/// Whether a process is there, and not only waits to be buried.
+fn runs(pid: u32) -> bool {
+    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+    // proc(5): the state follows the name, which may hold anything.
+    let state = stat
+        .rsplit_once(") ")
+        .and_then(|(_, rest)| rest.chars().next());
+    state.is_some_and(|state| state != 'Z' && state != 'X')
+}
+
+/// Asks on connections of its own until one is answered; says how long that took.
+pub(crate) fn answered_after(service: &Service, since: Instant) -> Duration {
+    until(
+        Duration::from_secs(10),
+        "requests are answered again",
+        || {
+            let patience = Duration::from_secs(5);
+            match service.get("/").patience(patience).try_send() {
+                Ok(answer) if answer.status == 200 => Ok(since.elapsed()),
+                Ok(answer) => panic!("a wrong answer: {} {}", answer.status, answer.text()),
+                Err(broken) => Err(format!("{broken:?}")),
+            }
+        },
+    )
+}
+
+#[test]
+fn a_killed_data_process_is_replaced_and_serves_the_same() {
+    let host = TestHost::start();
+    let tenant = host.tenant("a").create();
+    let services: Vec<_> = (0..5)
+        .map(|n| {
+            let service = tenant.service(&format!("s{n}"));
+            service.env("N", &n.to_string()).deploy("hello")
+        })
+        .collect();
+    let preview = services[0].upload(guests::bytes("echo"));
+    assert_eq!(preview.status, 201, "{}", preview.text());
+    host.admin().put(
+        &format!("{}/traffic", services[0].path()),
+        &json!({"1": 100}),
+    );
+    let control = host.pid();
+    let mut longest = Duration::ZERO;
+    for round in 0..5u64 {
+        let before = host.data_pid();
+        let ended = AtomicBool::new(false);
+        std::thread::scope(|scope| {
+            // Load while it dies: these connections break, and that is all that they see.
+            scope.spawn(|| {
+                while !ended.load(Ordering::Relaxed) {
+                    if let Ok(answer) = services[1].get("/").try_send() {
+                        assert_eq!(answer.status, 200, "{}", answer.text());
+                    }
+                }
+            });
+            std::thread::sleep(Duration::from_millis(37 * round));
+            host.kill_data();
+            let since = Instant::now();
+            for service in &services {
+                let away = answered_after(service, since);
+                longest = longest.max(away);
+            }
+            ended.store(true, Ordering::Relaxed);
+        });
+        assert_ne!(host.data_pid(), before, "another process serves");
+        assert_eq!(host.pid(), control, "control is the same");
+        until(Duration::from_secs(5), "the host is ready", || {
+            let ready = host.admin_as(None).request("GET", "/readyz").send();
+            holds(ready.status == 200, ready.text())
+        });
+    }
+    eprintln!("killed 5 times under load: answered again within {longest:?}");
+    let shown = host.admin().get("/v1/host");
+    assert_eq!(shown["data_plane"]["restarts"], 5, "{shown}");
+}
+
+#[test]
+fn changes_are_acknowledged_while_the_data_process_dies() {
+    let host = TestHost::start();
+    let tenant = host.tenant("a").create();
+    let first = tenant.deploy("hello");
+    let done = AtomicBool::new(false);
+    let services = std::thread::scope(|scope| {
+        scope.spawn(|| {
+            // Any instants will do, as long as they are not always the same of a deploy.
+            for pause in (0..).map(|n| 90 + n * 149 % 310) {
+                std::thread::sleep(Duration::from_millis(pause));
+                if done.load(Ordering::Relaxed) {
+                    return;
+                }
+                host.kill_data();
+            }
+        });
+        let services: Vec<_> = (0..12)
+            .map(|n| tenant.service(&format!("s{n}")).deploy("hello"))
+            .collect();
+        for service in &services[6..] {
+            let spec = json!({"usage_header": true});
+            host.admin().put(&service.path(), &spec);
+        }
+        services[0].delete();
+        done.store(true, Ordering::Relaxed);
+        services
+    });
+    answered_after(&first, Instant::now());
+    assert_eq!(services[0].get("/").send().status, 404, "deleted");
+    for (n, service) in services.iter().enumerate().skip(1) {
+        let answer = service.get("/").send();
+        assert_eq!(answer.status, 200, "{}: {}", service.name(), answer.text());
+        let usage = answer.header("insula-usage");
+        assert_eq!(usage.is_some(), n >= 6, "{}: {usage:?}", service.name());
+    }
+}
+
+#[test]
+fn what_was_reported_before_a_death_stays_in_the_books() {
+    let host = TestHost::start();
+    let service = host.tenant("a").create().deploy("hello");
+    for _ in 0..50 {
+        assert_eq!(service.get("/").send().status, 200);
+    }
+    let requests = |host: &TestHost| host.usage("a")["requests"]["ok"].as_u64();
+    until(Duration::from_secs(5), "the requests are counted", || {
+        let counted = requests(&host);
+        holds(counted == Some(50), format!("{counted:?}"))
+    });
+    host.kill_data();
+    answered_after(&service, Instant::now());
+    until(
+        Duration::from_secs(5),
+        "the next one is counted, too",
+        || {
+            let counted = requests(&host);
+            holds(counted >= Some(51), format!("{counted:?}"))
+        },
+    );
+    host.restart();
+    assert!(requests(&host) >= Some(51), "{:?}", host.usage("a"));
+}
+
+#[test]
+fn the_data_process_goes_with_a_control_that_is_killed() {
+    let host = TestHost::start();
+    let service = host.tenant("a").create().deploy("hello");
+    let data = host.data_pid();
+    host.kill();
+    until(Duration::from_secs(1), "the data process is gone", || {
+        holds(!runs(data), "it runs")
+    });
+    host.start_again();
+    assert_eq!(service.get("/").send().status, 200);
+}
+
+#[test]
+fn the_data_process_has_nothing_of_the_data_directory_open() {
+    let host = TestHost::start();
+    let service = host.tenant("a").create().deploy("hello");
+    assert_eq!(service.get("/").send().status, 200);
+    let open = std::fs::read_dir(format!("/proc/{}/fd", host.data_pid())).expect("proc(5)");
+    let open: Vec<_> = open
+        .flatten()
+        .filter_map(|entry| std::fs::read_link(entry.path()).ok())
+        .collect();
+    let data = host.data().canonicalize().expect("the data directory");
+    let inside: Vec<_> = open.iter().filter(|path| path.starts_with(&data)).collect();
+    assert!(inside.is_empty(), "{inside:?}");
+    assert!(open.len() > 4, "{open:?}");
+}
