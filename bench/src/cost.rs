@@ -130,7 +130,7 @@ fn bed(
     };
     let insula = match &options.insula {
         Some(path) => path.clone(),
-        None if needs(&[Contestant::Insula]) => {
+        None if needs(&[Contestant::Insula, Contestant::InsulaReusing]) => {
             peers::built("target/release/insula", "cargo build --release")?
         }
         None => PathBuf::new(),

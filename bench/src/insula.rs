@@ -51,11 +51,11 @@ pub(crate) fn start(bed: &Bed, data: &Path, flags: &[&str]) -> Result<Host> {
 }
 
 /// Starts a host and deploys the component.
-pub(crate) fn serve(bed: &Bed, data: &Path) -> Result<Served> {
+pub(crate) fn serve(bed: &Bed, data: &Path, spec: &Value) -> Result<Served> {
     let host = start(bed, data, &[])?;
     host.desk.tenant(TENANT, &json!({}))?;
     host.desk
-        .deploy(TENANT, SERVICE, &json!({}), &fs::read(&bed.component)?)?;
+        .deploy(TENANT, SERVICE, spec, &fs::read(&bed.component)?)?;
     Ok(Served {
         running: host.running,
         address: host.ingress,

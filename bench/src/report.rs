@@ -32,8 +32,9 @@ impl Cost<'_> {
         writeln!(
             out,
             "Server CPU time (user and kernel, of the server's process tree) per request of the \
-             `hello` sample. All but raw hyper run it in a fresh WebAssembly instance per request. \
-             insula runs as `insula serve` does for everybody, deployed through the admin API: \
+             `hello` sample. All but raw hyper run it in a fresh WebAssembly instance per request; \
+             in the row `instances reused` one instance serves 128 requests, which a service can \
+             ask for. insula runs as `insula serve` does for everybody, deployed through the admin API: \
              fuel metering, measured CPU time, memory limits, deadlines, admission and the \
              scheduler are all on. `wasmtime serve` serves one component, and neither meters nor \
              schedules. Raw hyper answers the same bytes without WebAssembly: it is the floor.\n"

@@ -6,6 +6,7 @@ use std::process::Command;
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
+use serde_json::{Value, json};
 
 use crate::cores::Places;
 use crate::http::Call;
@@ -40,6 +41,7 @@ pub(crate) const POOLED: [&str; 1] = [
 #[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
 pub(crate) enum Contestant {
     Insula,
+    InsulaReusing,
     WasmtimeTuned,
     WasmtimePooled,
     WasmtimeShipped,
@@ -47,8 +49,9 @@ pub(crate) enum Contestant {
 }
 
 impl Contestant {
-    pub(crate) const ALL: [Self; 5] = [
+    pub(crate) const ALL: [Self; 6] = [
         Self::RawHyper,
+        Self::InsulaReusing,
         Self::Insula,
         Self::WasmtimeTuned,
         Self::WasmtimePooled,
@@ -58,6 +61,7 @@ impl Contestant {
     pub(crate) const fn name(self) -> &'static str {
         match self {
             Self::Insula => "insula",
+            Self::InsulaReusing => "insula, instances reused",
             Self::WasmtimeTuned => "wasmtime serve, tuned",
             Self::WasmtimePooled => "wasmtime serve, pooled",
             Self::WasmtimeShipped => "wasmtime serve, as shipped",
@@ -68,11 +72,8 @@ impl Contestant {
     /// Starts it, and waits until it answers.
     pub(crate) fn serve(self, bed: &Bed) -> Result<Served> {
         let mut served = match self {
-            Self::Insula => {
-                let data = tempfile::tempdir_in(&bed.scratch)?;
-                // The directory goes when `bed.scratch` does.
-                insula::serve(bed, &data.keep())?
-            }
+            Self::Insula => insula(bed, &json!({}))?,
+            Self::InsulaReusing => insula(bed, &json!({"reuse": {"requests": 128}}))?,
             Self::WasmtimeTuned => wasmtime(bed, &TUNED)?,
             Self::WasmtimePooled => wasmtime(bed, &POOLED)?,
             Self::WasmtimeShipped => wasmtime(bed, &[])?,
@@ -149,6 +150,12 @@ pub(crate) fn wasmtime_serve(
         .env("XDG_CACHE_HOME", bed.scratch.join("cache"));
     let running = Running::start(command, &bed.places.server, &bed.log("wasmtime"))?;
     Ok((running, address))
+}
+
+fn insula(bed: &Bed, spec: &Value) -> Result<Served> {
+    let data = tempfile::tempdir_in(&bed.scratch)?;
+    // The directory goes when `bed.scratch` does.
+    insula::serve(bed, &data.keep(), spec)
 }
 
 fn wasmtime(bed: &Bed, flags: &[&str]) -> Result<Served> {

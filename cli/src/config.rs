@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use std::str::FromStr;
 use std::thread::available_parallelism;
 
-use insula_host::config::{DEFAULT_CEILING, DEFAULT_INSTANCES, HostConfig};
+use insula_host::config::{DEFAULT_CEILING, DEFAULT_CODE_IDLE, DEFAULT_INSTANCES, HostConfig};
 use insula_host::process::keeper::DataProgram;
 use insula_host::tls::TlsFiles;
 use insula_types::spec::{RequestLimits, is_host_name};
@@ -122,10 +122,11 @@ impl Reader {
     }
 }
 
-const KEYS: [&str; 18] = [
+const KEYS: [&str; 19] = [
     "admin",
     "admin_tls_cert",
     "admin_tls_key",
+    "code_idle",
     "data",
     "domain",
     "drain",
@@ -182,6 +183,7 @@ pub(crate) fn resolve(
             let bytes = text.parse::<Bytes>();
             bytes.map(Some).map_err(|error| error.to_string())
         }),
+        code_idle: reader.read("code_idle", DEFAULT_CODE_IDLE),
         drain: reader.read("drain", DEFAULT_DRAIN),
         data_program: DataProgram::default(),
     };
@@ -263,6 +265,7 @@ fn read_flags(reader: &mut Reader, args: &ServeArgs) {
         ("admin", &args.admin),
         ("admin_tls_cert", &args.admin_tls_cert),
         ("admin_tls_key", &args.admin_tls_key),
+        ("code_idle", &args.code_idle),
         ("data", &args.data),
         ("domain", &args.domain),
         ("drain", &args.drain),

@@ -32,6 +32,8 @@ pub struct HostConfig {
     pub instances: u32,
     /// Memory that all guests together may use; three quarters of the machine's when not given.
     pub guest_memory: Option<Bytes>,
+    /// How long the code of a version stays in memory that nobody asks.
+    pub code_idle: Millis,
     /// How long requests may go on after SIGTERM.
     pub drain: Millis,
     /// What the data process runs.
@@ -77,6 +79,10 @@ pub const DEFAULT_CEILING: RequestLimits = RequestLimits {
     timeout: Millis::constant(300_000),
     request_body: Bytes::mib(1024),
 };
+
+/// How long unasked code stays when the operator sets nothing: loading a Rust guest's again costs
+/// what a hundred requests cost, which once a minute is nothing.
+pub const DEFAULT_CODE_IDLE: Millis = Millis::constant(60_000);
 
 /// Instances that can be alive at once when the operator sets nothing: `vm.max_map_count` of a
 /// stock kernel (65,530) divided by the handful of mappings that a pooled instance takes.

@@ -18,20 +18,19 @@
 //! 4. [`DataPlane`] joins all threads when it is dropped.
 
 use std::collections::HashMap;
-use std::io::{Read, Seek};
 use std::net::TcpListener;
 use std::sync::Arc;
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use insula_metrics::{DataMetrics, Kind};
-use insula_types::spec::{RequestLimits, Route, TenantSpec};
-use insula_types::{Digest, ServiceId, TenantId, TenantName, VersionNumber};
+use insula_types::spec::{RequestLimits, Reuse, Route, TenantSpec};
+use insula_types::{Digest, ServiceId, ServiceName, TenantId, TenantName, VersionNumber};
 use tokio::sync::{mpsc, watch};
 
 use crate::engine::artefact::ArtefactKey;
 use crate::engine::{
-    Engine, EngineError, EngineLimits, HostMemory, Program, TenantMemory, compatibility,
+    Engine, EngineError, EngineLimits, HostMemory, Program, Room, Shelf, TenantMemory, Vault,
 };
 use crate::ingress::Ingress;
 use crate::ingress::logs::{LogHub, ServiceLog};
@@ -61,6 +60,8 @@ pub struct DataConfig {
     pub instances: u32,
     /// What all guests together may use.
     pub guest_memory: insula_types::Bytes,
+    /// How long code stays that nobody asks.
+    pub code_idle: Duration,
     /// The key that artefacts are sealed with.
     pub artefact_key: ArtefactKey,
 }
@@ -95,7 +96,8 @@ pub struct DataPlane {
 /// [`EngineError`].
 pub fn engine(config: &DataConfig) -> Result<Engine, EngineError> {
     Engine::pooled(EngineLimits {
-        instances: config.instances,
+        // Instances that wait for another request take no places of those that run.
+        instances: config.instances + config.instances / WAITING_PART,
         memory: config.ceiling.memory,
     })
 }
@@ -150,12 +152,11 @@ pub fn start(
         .enable_time()
         .build()
         .map_err(StartError::Thread)?;
-    let compat = compatibility();
     let desk = Desk {
         memory: Arc::new(HostMemory::new(config.guest_memory)),
+        vault: Vault::new(engine, config.artefact_key.clone()),
+        room: Room::new(config.instances / WAITING_PART),
         config,
-        engine,
-        compat,
         pool,
         ingress,
         metrics,
@@ -187,8 +188,8 @@ struct Service {
 /// The state of the command thread.
 struct Desk {
     config: DataConfig,
-    engine: Engine,
-    compat: String,
+    vault: Arc<Vault>,
+    room: Arc<Room>,
     pool: Arc<Pool>,
     ingress: Arc<Ingress>,
     metrics: DataMetrics,
@@ -199,6 +200,9 @@ struct Desk {
     programs: HashMap<Digest, Program>,
     phase: watch::Sender<Phase>,
 }
+
+/// Of so many instances that may run, one more may wait to be used again.
+const WAITING_PART: u32 = 4;
 
 /// Commands applied before the route table is published.
 const COMMANDS_AT_ONCE: usize = 256;
@@ -365,7 +369,7 @@ impl Desk {
         for version in intent.versions {
             let number = version.number;
             let stats = self.conduct(intent.id, number);
-            match self.load(version, stats) {
+            match self.load(version, stats, intent.spec.reuse) {
                 Ok(version) => ready.push((number, version)),
                 // Nobody but its author, by its preview name, would have met it.
                 Err(refusal) if intent.traffic.share(number).unwrap_or(0) == 0 => {
@@ -414,31 +418,35 @@ impl Desk {
         &mut self,
         version: IntendedVersion,
         stats: Arc<VersionStats>,
+        reuse: Option<Reuse>,
     ) -> Result<Active, Refusal> {
         let digest = version.digest;
-        let program = match (self.programs.get(&digest), version.artefact) {
+        let known = self
+            .programs
+            .get(&digest)
+            .filter(|known| !known.is_broken());
+        let program = match (known, version.artefact) {
             (Some(program), _) => program.clone(),
             (None, None) => return Err(Refusal::ArtefactMissing(digest)),
-            (None, Some(mut file)) => {
-                let refused = |reason: String| Refusal::ArtefactRefused { digest, reason };
-                let mut sealed = Vec::new();
-                // Its offset is shared with whoever read it before.
-                file.rewind()
-                    .and_then(|()| file.read_to_end(&mut sealed))
-                    .map_err(|error| refused(error.to_string()))?;
-                let key = &self.config.artefact_key;
-                let program = self
-                    .engine
-                    .load(key, &digest, &self.compat, &sealed)
-                    .map_err(|error| refused(error.to_string()))?;
+            (None, Some(artefact)) => {
+                // At the start there may be ten thousand, of which few are asked soon.
+                let keep = *self.phase.borrow() != Phase::Starting;
+                let opened = self.vault.open(digest, artefact, keep);
+                let program = opened.map_err(|error| Refusal::ArtefactRefused {
+                    digest,
+                    reason: error.to_string(),
+                })?;
                 self.programs.insert(digest, program.clone());
                 program
             }
         };
+        // Never shared: it goes with this state of this version of this service.
+        let shelf = reuse.map(|reuse| Arc::new(Shelf::new(reuse, Arc::clone(&self.room))));
         Ok(Active {
             number: version.number,
             digest,
             program,
+            shelf,
             stats,
         })
     }
@@ -465,7 +473,13 @@ impl Desk {
             .raise_host_cpu_ns_to(self.pool.host_cpu_ns() + control_cpu_ns);
         let mut usage = Vec::new();
         let mut versions = Vec::new();
+        let now = Instant::now();
         for service in self.services.values() {
+            for version in service.entry.versions.ready() {
+                if let Some(shelf) = &version.shelf {
+                    shelf.sweep(now);
+                }
+            }
             // Who used nothing ended nothing.
             if let Some(used) = service.entry.take_usage() {
                 usage.push(used);
@@ -475,8 +489,35 @@ impl Desk {
         Collected {
             usage,
             versions,
+            broken: self.look_after_programs(),
             metrics: (what == Collect::Families).then(|| self.metrics.expose()),
         }
+    }
+
+    /// Lets go of code that nobody asked for; names the services whose artefact does not load.
+    fn look_after_programs(&mut self) -> Vec<(TenantName, ServiceName)> {
+        let now = Instant::now();
+        let mut broken = Vec::new();
+        self.programs.retain(|digest, program| {
+            program.cool(now, self.config.code_idle);
+            if program.is_broken() {
+                broken.push(*digest);
+            }
+            !program.is_broken()
+        });
+        if broken.is_empty() {
+            return Vec::new();
+        }
+        let services = self.services.values().map(|service| &service.entry);
+        services
+            .filter(|entry| {
+                entry
+                    .versions
+                    .ready()
+                    .any(|version| broken.contains(&version.digest))
+            })
+            .map(|entry| (entry.tenant.name.clone(), entry.name.clone()))
+            .collect()
     }
 
     async fn drain(&self, deadline: Duration) {

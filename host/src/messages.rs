@@ -285,6 +285,8 @@ pub struct Collected {
     pub usage: Vec<UsageDelta>,
     /// One entry per version that ended requests.
     pub versions: Vec<VersionDelta>,
+    /// Services whose artefact could not be loaded any more when a request came. Each is told once.
+    pub broken: Vec<(TenantName, ServiceName)>,
     /// The data plane's families, in the Prometheus text format, where they were asked for.
     pub metrics: Option<String>,
 }

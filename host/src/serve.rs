@@ -106,6 +106,7 @@ impl Host {
             workers: config.workers,
             ceiling: config.ceiling,
             instances: config.instances,
+            code_idle: config.code_idle.into(),
             guest_memory: config.guest_memory.unwrap_or_else(default_guest_memory),
             artefact_key: key,
         })?;

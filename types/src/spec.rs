@@ -7,6 +7,7 @@
 
 use std::collections::BTreeMap;
 use std::fmt;
+use std::num::NonZeroU32;
 
 use serde::{Deserialize, Serialize};
 
@@ -390,6 +391,14 @@ impl From<Route> for String {
     }
 }
 
+/// How often one instance may be used.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Reuse {
+    /// Requests that one instance serves at most, one after the other.
+    pub requests: NonZeroU32,
+}
+
 /// What a tenant sets for a service.
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(try_from = "RawServiceSpec")]
@@ -407,6 +416,9 @@ pub struct ServiceSpec {
     pub sticky_header: Option<StickyHeader>,
     /// When a new version is taken back.
     pub auto_rollback: AutoRollback,
+    /// Whether instances serve more than one request; absent: each request gets a fresh one.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub reuse: Option<Reuse>,
 }
 
 #[derive(Deserialize, Default)]
@@ -432,6 +444,7 @@ struct RawServiceSpec {
     usage_header: bool,
     sticky_header: Option<StickyHeader>,
     auto_rollback: Option<AutoRollback>,
+    reuse: Option<Reuse>,
 }
 
 /// Most bytes of a service's environment, names and values together.
@@ -501,6 +514,7 @@ impl TryFrom<RawServiceSpec> for ServiceSpec {
             usage_header: raw.usage_header,
             sticky_header: raw.sticky_header,
             auto_rollback: raw.auto_rollback.unwrap_or_default(),
+            reuse: raw.reuse,
         })
     }
 }

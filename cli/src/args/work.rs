@@ -54,6 +54,9 @@ pub(crate) struct ServeArgs {
     /// Memory that all guests together may use [default: three quarters of the machine's]
     #[arg(long, env = "INSULA_GUEST_MEMORY", value_name = "BYTES")]
     pub(crate) guest_memory: Option<String>,
+    /// How long the code of a service stays in memory that nobody asks [default: 60s]
+    #[arg(long, env = "INSULA_CODE_IDLE", value_name = "DURATION")]
+    pub(crate) code_idle: Option<String>,
     /// How long requests may go on after SIGTERM [default: 10s]
     #[arg(long, env = "INSULA_DRAIN", value_name = "DURATION")]
     pub(crate) drain: Option<String>,

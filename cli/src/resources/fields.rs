@@ -63,6 +63,7 @@ pub(super) const SERVICE: &[Field] = &[
     Field::new("env", &["/env"], Kind::Plain),
     Field::new("routes", &["/routes"], Kind::Plain),
     Field::new("usage header", &["/usage_header"], Kind::Plain),
+    Field::new("requests of an instance", &["/reuse/requests"], Kind::Plain),
     Field::new("created", &["/created_at"], Kind::Plain),
 ];
 

@@ -1,5 +1,6 @@
 //! `set`: changes to a tenant's or a service's spec, on top of what is there.
 
+use std::num::NonZeroU32;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
@@ -127,6 +128,10 @@ pub(crate) struct ServicePatch {
     /// Whether answers carry `insula-usage`
     #[arg(long)]
     usage_header: Option<bool>,
+    /// Let one instance serve so many requests, one after the other, instead of a fresh one for
+    /// each; `none` takes that back
+    #[arg(long, value_name = "REQUESTS", value_parser = quantity::<NonZeroU32>)]
+    reuse: Option<String>,
     /// While traffic is split: requests with the same value of this header get the same version;
     /// `none` decides each request by itself
     #[arg(long, value_name = "HEADER")]
@@ -172,6 +177,12 @@ impl ServicePatch {
         }
         if let Some(usage_header) = self.usage_header {
             spec["usage_header"] = json!(usage_header);
+        }
+        if let Some(reuse) = &self.reuse {
+            spec["reuse"] = match reuse.parse::<NonZeroU32>() {
+                Ok(requests) => json!({"requests": requests}),
+                Err(_) => Value::Null,
+            };
         }
         if let Some(header) = &self.sticky_header {
             spec["sticky_header"] = text(header);

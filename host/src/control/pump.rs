@@ -51,6 +51,9 @@ fn take(control: &Rc<Control>, report: FromData) {
         FromData::Collected { seq, collected } => {
             control.ledger.borrow_mut().absorb(&collected.usage);
             judge(control, &collected.versions);
+            for (tenant, service) in collected.broken {
+                control.spawn(reconcile::mend(Rc::clone(control), tenant, service));
+            }
             control
                 .link
                 .answer(seq, Answered::Collected(collected.metrics));

@@ -12,7 +12,7 @@
 
 use std::rc::Rc;
 
-use insula_types::{Digest, Traffic};
+use insula_types::{Digest, ServiceName, TenantName, Traffic};
 
 use super::compile::Ticket;
 use super::deploy::{self, ApplyError};
@@ -217,6 +217,23 @@ async fn recompile(control: &Rc<Control>, broken: &Service) -> Result<(), Proble
             Ok(())
         }
         Err(problem) => Err(problem),
+    }
+}
+
+/// Compiles what data could not load any more when a request came.
+pub(super) async fn mend(control: Rc<Control>, tenant: TenantName, name: ServiceName) {
+    tracing::error!(%tenant, service = %name, "its compiled code was damaged; it is compiled again");
+    let asked = (tenant.clone(), name.clone());
+    let mended = async {
+        let service = control
+            .store(move |store| store.service(&asked.0, &asked.1))
+            .await?;
+        recompile(&control, &service).await
+    };
+    if let Err(problem) = mended.await {
+        tracing::error!(
+            %tenant, service = %name, problem = problem.detail(), "a service is not served"
+        );
     }
 }
 

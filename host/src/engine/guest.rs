@@ -7,6 +7,7 @@ use http::HeaderName;
 use http::uri::Scheme;
 use wasmtime::component::{ComponentType, HasData, Linker, Lower, ResourceTable};
 use wasmtime::{AsContext, Result, StoreContextMut};
+use wasmtime_wasi::p2::DynOutputStream;
 use wasmtime_wasi::p2::bindings::io;
 use wasmtime_wasi::{WasiCtx, WasiCtxView, WasiView};
 use wasmtime_wasi_http::{
@@ -18,7 +19,7 @@ use super::config::caps;
 use super::guest_log::{GuestLog, LogSink};
 use super::memory::MemoryMeter;
 
-/// The data of a store: never shared, never reused.
+/// The data of a store: never shared; reused where its service asks for it (`shelf`).
 pub(super) struct Guest {
     table: ResourceTable,
     wasi: Lazy,
@@ -32,14 +33,15 @@ pub(super) struct Guest {
 /// What a guest gets of `wasi:cli`, `clocks`, `random`, `filesystem` and `sockets`. Most requests
 /// touch none of it, and making it seeds three generators: it is made when it is first asked for.
 struct Lazy {
-    made: Option<Box<WasiCtx>>,
+    made: Option<Box<(WasiCtx, GuestLog)>>,
     env: Arc<[(String, String)]>,
-    log: Arc<dyn LogSink>,
+    /// `None` between two requests.
+    log: Option<Arc<dyn LogSink>>,
 }
 
 impl Lazy {
     fn get(&mut self) -> &mut WasiCtx {
-        self.made.get_or_insert_with(|| {
+        let (wasi, _) = &mut **self.made.get_or_insert_with(|| {
             let log = GuestLog::new(self.log.clone());
             let wasi = WasiCtx::builder()
                 .envs(&self.env)
@@ -50,8 +52,9 @@ impl Lazy {
                 .allow_udp(false)
                 .allow_ip_name_lookup(false)
                 .build();
-            Box::new(wasi)
-        })
+            Box::new((wasi, log))
+        });
+        wasi
     }
 }
 
@@ -66,7 +69,7 @@ impl Guest {
         table.set_max_capacity(caps::RESOURCES);
         let mut http = WasiHttpCtx::new();
         http.set_field_size_limit(caps::FIELD_BYTES);
-        let made = None;
+        let (made, log) = (None, Some(log));
         Self {
             table,
             wasi: Lazy { made, env, log },
@@ -75,6 +78,31 @@ impl Guest {
             memory,
             fuel,
         }
+    }
+
+    /// Another request begins in this instance.
+    pub(super) fn begin(&mut self, fuel: u64, log: Arc<dyn LogSink>) {
+        self.fuel = fuel;
+        self.memory.begin();
+        if let Some(made) = &self.wasi.made {
+            made.1.begin(log.clone());
+        }
+        self.wasi.log = Some(log);
+    }
+
+    /// The request is over, and its instance waits for another.
+    pub(super) fn rest(&mut self) {
+        if let Some(made) = &self.wasi.made {
+            made.1.end();
+        }
+        self.wasi.log = None;
+    }
+
+    /// Whether the guest holds nothing that could belong to a request: what a language's library
+    /// keeps for good are its standard streams.
+    pub(super) fn is_clean(&mut self) -> bool {
+        let mut held = self.table.iter_mut();
+        held.all(|entry| entry.is::<DynOutputStream>())
     }
 
     /// The fuel that the request began with.

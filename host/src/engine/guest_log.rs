@@ -6,7 +6,7 @@
 //! counted.
 
 use std::pin::Pin;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::{Context, Poll};
 
 use bytes::Bytes;
@@ -52,7 +52,8 @@ impl<F: Fn(LogLine) + Send + Sync> LogSink for F {
 pub(super) struct GuestLog(Arc<Inner>);
 
 struct Inner {
-    sink: Arc<dyn LogSink>,
+    /// `None` between two requests.
+    sink: Mutex<Option<Arc<dyn LogSink>>>,
     stdout: Mutex<Vec<u8>>,
     stderr: Mutex<Vec<u8>>,
 }
@@ -65,12 +66,23 @@ impl std::fmt::Debug for GuestLog {
 
 impl GuestLog {
     /// Streams that hand their lines to `sink`.
-    pub(super) fn new(sink: Arc<dyn LogSink>) -> Self {
+    pub(super) fn new(sink: Option<Arc<dyn LogSink>>) -> Self {
         Self(Arc::new(Inner {
-            sink,
+            sink: Mutex::new(sink),
             stdout: Mutex::default(),
             stderr: Mutex::default(),
         }))
+    }
+
+    /// The request is over: what it left of a line is its last one.
+    pub(super) fn end(&self) {
+        self.0.flush();
+        *self.0.sink() = None;
+    }
+
+    /// Another request's lines follow.
+    pub(super) fn begin(&self, sink: Arc<dyn LogSink>) {
+        *self.0.sink() = Some(sink);
     }
 
     pub(super) fn stdout(&self) -> Stream {
@@ -91,7 +103,26 @@ impl Inner {
     }
 
     fn emit(&self, source: LogSource, line: &[u8]) {
-        self.sink.line(LogLine::new(source, line));
+        if let Some(sink) = &*self.sink() {
+            sink.line(LogLine::new(source, line));
+        }
+    }
+
+    fn sink(&self) -> MutexGuard<'_, Option<Arc<dyn LogSink>>> {
+        self.sink.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn flush(&self) {
+        for source in [LogSource::Stdout, LogSource::Stderr] {
+            let mut buffer = self
+                .buffer(source)
+                .lock()
+                .unwrap_or_else(PoisonError::into_inner);
+            let line = std::mem::take(&mut *buffer);
+            if !line.is_empty() {
+                self.emit(source, &line);
+            }
+        }
     }
 
     fn write(&self, source: LogSource, bytes: &[u8]) {
@@ -123,16 +154,7 @@ fn keep(buffer: &mut Vec<u8>, bytes: &[u8]) {
 
 impl Drop for Inner {
     fn drop(&mut self) {
-        for source in [LogSource::Stdout, LogSource::Stderr] {
-            let mut buffer = self
-                .buffer(source)
-                .lock()
-                .unwrap_or_else(PoisonError::into_inner);
-            let line = std::mem::take(&mut *buffer);
-            if !line.is_empty() {
-                self.emit(source, &line);
-            }
-        }
+        self.flush();
     }
 }
 
@@ -226,9 +248,9 @@ mod tests {
     fn lines(writes: &[&[u8]]) -> Vec<String> {
         let seen = Arc::new(Mutex::new(Vec::new()));
         let sink = seen.clone();
-        let log = GuestLog::new(Arc::new(move |line: LogLine| {
+        let log = GuestLog::new(Some(Arc::new(move |line: LogLine| {
             sink.lock().unwrap().push(line.text);
-        }));
+        })));
         for bytes in writes {
             log.stdout().0.write(LogSource::Stdout, bytes);
         }
@@ -242,6 +264,30 @@ mod tests {
             lines(&[b"a", b"b\nc", b"\r\n", b"\nend"]),
             ["ab", "c", "", "end"]
         );
+    }
+
+    #[test]
+    fn what_a_request_leaves_of_a_line_is_its_own() {
+        let seen = Arc::new(Mutex::new(Vec::new()));
+        let of = |request: &'static str| -> Option<Arc<dyn LogSink>> {
+            let seen = seen.clone();
+            Some(Arc::new(move |line: LogLine| {
+                seen.lock().unwrap().push((request, line.text));
+            }))
+        };
+        let log = GuestLog::new(of("first"));
+        let write = |bytes: &[u8]| log.stdout().0.write(LogSource::Stdout, bytes);
+        write(b"a\nb");
+        log.end();
+        write(b"nobody's\n");
+        log.begin(of("second").unwrap());
+        write(b"c\n");
+        let seen = seen.lock().unwrap().clone();
+        let lines: Vec<_> = seen
+            .iter()
+            .map(|(request, line)| (*request, line.as_str()))
+            .collect();
+        assert_eq!(lines, [("first", "a"), ("first", "b"), ("second", "c")]);
     }
 
     #[test]

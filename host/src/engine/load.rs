@@ -15,6 +15,12 @@ use super::guest::Guest;
 /// Why an artefact could not be loaded.
 #[derive(Debug, thiserror::Error)]
 pub enum LoadError {
+    /// Its file cannot be read.
+    #[error("it cannot be read: {0}")]
+    Read(#[from] std::io::Error),
+    /// An attempt before this one failed; it needs a new artefact.
+    #[error("it is damaged")]
+    Broken,
     /// It does not open.
     #[error(transparent)]
     Seal(#[from] SealError),
@@ -26,30 +32,23 @@ pub enum LoadError {
     Link(wasmtime::Error),
 }
 
-/// A component that is ready to be instantiated. Cheap to clone.
-#[derive(Clone)]
-pub struct Program {
+/// The code of a component, mapped and linked: what an instance is made from.
+pub(super) struct Code {
     pub(super) pre: ProxyPre<Guest>,
 }
 
-impl std::fmt::Debug for Program {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Program").finish_non_exhaustive()
-    }
-}
-
 impl Engine {
-    /// Opens a sealed artefact and prepares it for instantiation.
+    /// Opens a sealed artefact and makes it ready to be instantiated.
     ///
     /// # Errors
     /// [`LoadError`]; nothing of the artefact has run or stays mapped then.
-    pub fn load(
+    pub(super) fn load(
         &self,
         key: &ArtefactKey,
         digest: &Digest,
         compat: &str,
         sealed: &[u8],
-    ) -> Result<Program, LoadError> {
+    ) -> Result<Code, LoadError> {
         let code = open(key, digest, compat, sealed)?;
         // SAFETY: `deserialize` requires bytes that `Component::serialize` produced. `open`
         // authenticated them just now, in this process's own memory, with a key that only this
@@ -61,8 +60,8 @@ impl Engine {
     }
 
     /// Checks a component against the host's functions and the world that it must export.
-    pub(super) fn link(&self, component: &Component) -> Result<Program, wasmtime::Error> {
+    pub(super) fn link(&self, component: &Component) -> Result<Code, wasmtime::Error> {
         let pre = ProxyPre::new(self.linker.instantiate_pre(component)?)?;
-        Ok(Program { pre })
+        Ok(Code { pre })
     }
 }

@@ -201,6 +201,19 @@ impl MemoryMeter {
         }
     }
 
+    /// Another request begins in this instance. Its integral begins with the end of the last one:
+    /// what was held between the two was held for it.
+    pub(super) const fn begin(&mut self) {
+        self.peak = self.used;
+        self.byte_ns = 0;
+        self.refused = None;
+    }
+
+    /// Whether the tenant and the host have room for more than there is.
+    pub(super) fn has_room(&self) -> bool {
+        self.tenant.has_room().is_ok()
+    }
+
     /// Bytes in use now.
     pub(super) const fn used_bytes(&self) -> u64 {
         self.used

@@ -11,8 +11,10 @@
 //! * [`compile`]: the child process that compiles one component
 //! * [`artefact`]: sealing and opening of compiled code
 //! * `load`: the unsafe island that maps compiled code that was opened
+//! * `program`: a component's code, in memory only while it is asked
 //! * `guest`: what belongs to one instance: its WASI context, tables and memory meter
 //! * [`run`]: one request, from instantiation to the verdict
+//! * `shelf`: instances that wait for the next request of a service that reuses them
 //!
 //! *Invariant:* nothing reaches `load` that [`artefact::open`] did not authenticate.
 
@@ -23,11 +25,15 @@ mod guest;
 mod guest_log;
 mod load;
 mod memory;
+mod program;
 pub mod run;
 pub mod scan;
+mod shelf;
 
 pub use compile::compile_child_main;
 pub use config::{Engine, EngineError, EngineLimits, compatibility};
 pub use guest_log::{LogLine, LogSink};
-pub use load::{LoadError, Program};
+pub use load::LoadError;
 pub use memory::{HostMemory, Refused, TenantMemory};
+pub use program::{Program, Vault};
+pub use shelf::{Room, Shelf};

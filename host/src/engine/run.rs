@@ -1,4 +1,4 @@
-//! One request in one fresh instance.
+//! One request in one instance.
 //!
 //! [`run`] is a plain future: whoever polls it decides when and on which thread the guest runs,
 //! and measures it. It returns `Pending` when the guest waits for input or output, and also
@@ -17,14 +17,17 @@ use insula_types::Outcome;
 use insula_types::quantity::{Bytes as ByteQuantity, Fuel};
 use wasmtime::{PoolConcurrencyLimitError, Store, Trap};
 use wasmtime_wasi_http::WasiHttpView;
+use wasmtime_wasi_http::p2::bindings::Proxy;
 use wasmtime_wasi_http::p2::bindings::http::types::{ErrorCode, Scheme};
 use wasmtime_wasi_http::p2::body::HyperOutgoingBody;
 
 use super::config::caps;
 use super::guest::Guest;
 use super::guest_log::LogSink;
-use super::load::Program;
+use super::load::Code;
 use super::memory::{MemoryMeter, Refused, TenantMemory};
+use super::program::Program;
+use super::shelf::Shelf;
 use crate::config::UrlScheme;
 
 /// The body of a guest's answer.
@@ -87,6 +90,8 @@ pub struct Invocation<B, R> {
     pub request: http::Request<B>,
     /// How the client reached the host.
     pub scheme: UrlScheme,
+    /// Where instances wait that its service uses again.
+    pub shelf: Option<Arc<Shelf>>,
     /// What it may use.
     pub grant: Grant,
     /// Its tenant's memory.
@@ -105,15 +110,15 @@ impl<B, R> std::fmt::Debug for Invocation<B, R> {
     }
 }
 
-/// A store that writes down what was used when it goes, whichever way it goes.
-struct Metered<R: RunEvents> {
-    store: Store<Guest>,
+/// Writes down what was used of a store when it goes, whichever way it goes.
+struct Metered<'a, R: RunEvents> {
+    store: &'a mut Store<Guest>,
     events: Arc<R>,
     quantum: u64,
     trapped: bool,
 }
 
-impl<R: RunEvents> Drop for Metered<R> {
+impl<R: RunEvents> Drop for Metered<'_, R> {
     fn drop(&mut self) {
         let granted = self.store.data().fuel_granted();
         let left = self.store.get_fuel().unwrap_or(0);
@@ -131,8 +136,8 @@ impl<R: RunEvents> Drop for Metered<R> {
     }
 }
 
-/// Runs one request in a fresh instance. When it is over, so is the instance, and the ledger is
-/// complete.
+/// Runs one request, in a fresh instance or in one that waited for it. When it is over, the ledger
+/// is complete.
 pub async fn run<B, R>(invocation: Invocation<B, R>)
 where
     B: Body<Data = Bytes> + Send + 'static,
@@ -143,24 +148,42 @@ where
         program,
         request,
         scheme,
+        shelf,
         grant,
         tenant_memory,
         env,
         events,
     } = invocation;
     let began = Instant::now();
-    let memory = MemoryMeter::new(tenant_memory, grant.memory, began);
     let fuel = grant.fuel.get();
-    let guest = Guest::new(memory, fuel, env, events.clone());
-    let mut store = Store::new(program.pre.engine(), guest);
-    store.limiter(|guest| &mut guest.memory);
-    store.set_max_component_handles(caps::HANDLES);
+    let waiting = shelf.as_ref().and_then(|shelf| shelf.take());
+    let (mut store, ground, served) = match waiting {
+        Some(idle) => {
+            let mut store = idle.store;
+            store.data_mut().begin(fuel, events.clone());
+            (store, Ground::Instance(idle.proxy), idle.served)
+        }
+        None => match program.code(began).await {
+            Ok(code) => {
+                let memory = MemoryMeter::new(tenant_memory, grant.memory, began);
+                let guest = Guest::new(memory, fuel, env, events.clone());
+                (new_store(&code, guest), Ground::Code(code), 0)
+            }
+            Err(error) => {
+                events.ended(&Verdict {
+                    outcome: Outcome::HostError,
+                    detail: Some(format!("the compiled code cannot be loaded: {error}")),
+                });
+                return;
+            }
+        },
+    };
     store.set_hostcall_fuel(caps::HOST_CALL_BYTES);
     let armed = store
         .set_fuel(fuel)
         .and_then(|()| store.fuel_async_yield_interval(Some(grant.quantum)));
     let mut metered = Metered {
-        store,
+        store: &mut store,
         events,
         quantum: grant.quantum,
         trapped: false,
@@ -168,32 +191,52 @@ where
     let result = match armed {
         Ok(()) => {
             let request = (scheme, request);
-            let (store, events) = (&mut metered.store, &metered.events);
-            call(store, &program, request, events, began).await
+            let (store, events) = (&mut *metered.store, &metered.events);
+            call(store, ground, request, events, began).await
         }
         Err(error) => Err(error),
     };
-    let verdict = match result {
-        Ok(()) => Verdict {
-            outcome: Outcome::Ok,
-            detail: None,
-        },
+    let (verdict, proxy) = match result {
+        Ok(proxy) => {
+            let (outcome, detail) = (Outcome::Ok, None);
+            (Verdict { outcome, detail }, Some(proxy))
+        }
         Err(error) => {
             metered.trapped = true;
-            classify(&error, metered.store.data().memory.refused())
+            let refused = metered.store.data().memory.refused();
+            (classify(&error, refused), None)
         }
     };
     metered.events.ended(&verdict);
+    drop(metered);
+    if let (Some(shelf), Some(proxy)) = (shelf, proxy) {
+        shelf.put(store, proxy, served + 1);
+    }
 }
 
-/// Instantiates and calls the handler.
+/// What a request is called in.
+enum Ground {
+    /// A fresh instance of this.
+    Code(Arc<Code>),
+    /// The instance that is in the store already.
+    Instance(Proxy),
+}
+
+fn new_store(code: &Code, guest: Guest) -> Store<Guest> {
+    let mut store = Store::new(code.pre.engine(), guest);
+    store.limiter(|guest| &mut guest.memory);
+    store.set_max_component_handles(caps::HANDLES);
+    store
+}
+
+/// Instantiates, unless that was done before, and calls the handler; answers the instance.
 async fn call<B, R>(
     store: &mut Store<Guest>,
-    program: &Program,
+    ground: Ground,
     (scheme, request): (UrlScheme, http::Request<B>),
     events: &Arc<R>,
     began: Instant,
-) -> Result<(), wasmtime::Error>
+) -> Result<Proxy, wasmtime::Error>
 where
     B: Body<Data = Bytes> + Send + 'static,
     B::Error: Into<BodyError>,
@@ -209,12 +252,16 @@ where
     let out = http.new_response_outparam_from_callback(move |head| {
         answers.head(head.map_err(|code: ErrorCode| format!("{code:?}")));
     })?;
-    let proxy = program.pre.instantiate_async(&mut *store).await?;
+    let proxy = match ground {
+        Ground::Code(code) => code.pre.instantiate_async(&mut *store).await?,
+        Ground::Instance(proxy) => proxy,
+    };
     events.started(began.elapsed());
     proxy
         .wasi_http_incoming_handler()
         .call_handle(store, request, out)
-        .await
+        .await?;
+    Ok(proxy)
 }
 
 /// One error of the engine in the words of metrics and problems.

@@ -22,8 +22,8 @@ use super::headers::{self, INSULA_USAGE};
 use super::problem;
 use super::routes::canonical_host;
 use crate::config::UrlScheme;
-use crate::engine::Program;
 use crate::engine::run::{Grant, Head, Invocation, ResponseBody, run};
+use crate::engine::{Program, Shelf};
 use crate::pool::admission::Shed;
 use crate::pool::entries::ServiceEntry;
 use crate::pool::exchange::{Answer, Exchange};
@@ -138,7 +138,8 @@ pub(super) async fn handle(
         .store(headers::head_bytes(request.headers()), Ordering::Relaxed);
     let request = for_guest(request, &exchange, &origin, &host);
     let request = (origin.scheme(), request);
-    let work = Box::pin(work(active.program.clone(), Arc::clone(&exchange), request));
+    let code = (active.program.clone(), active.shelf.clone());
+    let work = Box::pin(work(code, Arc::clone(&exchange), request));
     let submitted = Arc::clone(&exchange);
     let key = ingress
         .pool
@@ -258,7 +259,7 @@ fn for_guest(
 
 /// The guest's part: what the pool polls.
 async fn work(
-    program: Program,
+    (program, shelf): (Program, Option<Arc<Shelf>>),
     exchange: Arc<Exchange>,
     (scheme, request): (UrlScheme, Request<RequestBody>),
 ) {
@@ -268,6 +269,7 @@ async fn work(
         program,
         request,
         scheme,
+        shelf,
         grant: Grant {
             fuel: service.limits.fuel,
             memory: service.limits.memory,

@@ -213,7 +213,10 @@ impl Pool {
             What::OnRunner(ticket) => return self.lend(worker, key, ticket, exchange, now),
         };
         let used = exchange.cpu_ns.load(Ordering::Relaxed);
-        let lane = exchange.service.stats.pace.lane(used);
+        let lane = match used {
+            0 if exchange.is_cold() => Lane::Runner,
+            _ => exchange.service.stats.pace.lane(used),
+        };
         let killed = killed.or_else(|| (now >= deadline).then_some(Outcome::Timeout));
         let mut load = Load {
             work,

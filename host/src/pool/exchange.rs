@@ -253,6 +253,14 @@ impl LogSink for Exchange {
     }
 }
 
+impl Exchange {
+    /// Whether its next slice loads the program first.
+    pub(super) fn is_cold(&self) -> bool {
+        let version = self.service.versions.get(self.version);
+        version.is_some_and(|version| !version.program.is_warm())
+    }
+}
+
 impl RunEvents for Exchange {
     fn started(&self, took: Duration) {
         self.service.metrics().instance_started(took);

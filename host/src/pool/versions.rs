@@ -10,7 +10,7 @@ use insula_types::traffic::TRAFFIC_POINTS;
 use insula_types::{Digest, Traffic, VersionNumber};
 
 use super::conduct::VersionStats;
-use crate::engine::Program;
+use crate::engine::{Program, Shelf};
 
 /// A version that is ready to run.
 #[derive(Debug, Clone)]
@@ -21,6 +21,8 @@ pub struct Active {
     pub digest: Digest,
     /// Its code.
     pub program: Program,
+    /// Where its instances wait, if they are used again.
+    pub shelf: Option<Arc<Shelf>>,
     /// How it behaves.
     pub stats: Arc<VersionStats>,
 }

@@ -83,6 +83,7 @@ fn start(link: &Blocking) -> Result<Running, String> {
         domain: settings.domain,
         ceiling: settings.ceiling.into(),
         instances: settings.instances,
+        code_idle: settings.code_idle,
         guest_memory: settings.guest_memory,
         artefact_key: ArtefactKey::from_bytes(settings.artefact_key),
     };

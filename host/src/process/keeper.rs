@@ -87,6 +87,8 @@ pub struct DataSpec {
     pub ceiling: RequestLimits,
     /// Instances alive at once.
     pub instances: u32,
+    /// How long code stays that nobody asks.
+    pub code_idle: Duration,
     /// What all guests together may use.
     pub guest_memory: Bytes,
     /// The key that artefacts are sealed with.
@@ -301,6 +303,7 @@ impl Keep {
             workers: spec.workers,
             ceiling: spec.ceiling.into(),
             instances: spec.instances,
+            code_idle: spec.code_idle,
             guest_memory: spec.guest_memory,
             artefact_key: spec.artefact_key,
             certificate: spec.certificate.as_ref().map(|now| now.pem().1),

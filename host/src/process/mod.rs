@@ -19,7 +19,7 @@
 //! the process and starts another with the same listeners, in which clients' connections wait
 //! meanwhile; control then tells it everything ([`crate::control`]'s `reconcile`).
 //!
-//! **Control dies.** The data process is killed by the kernel with it (decision 19): without
+//! **Control dies.** The data process is killed by the kernel with it (decision 21): without
 //! control there is nobody to take a change back, to count what is used, or to stop it. The next
 //! control starts a new one.
 //!
@@ -27,6 +27,7 @@
 
 use std::net::TcpListener;
 use std::os::fd::OwnedFd;
+use std::time::Duration;
 
 use insula_types::quantity::{Bytes, Fuel, Millis};
 use insula_types::spec::RequestLimits;
@@ -53,6 +54,7 @@ struct Settings {
     workers: usize,
     ceiling: Ceiling,
     instances: u32,
+    code_idle: Duration,
     guest_memory: Bytes,
     artefact_key: [u8; 32],
     certificate: Option<Pem>,

@@ -6,6 +6,7 @@
 //! | `/info` | method, URI, headers and environment as JSON |
 //! | `/log?message=TEXT` | logs a structured line, and prints one on stdout |
 //! | `/usage` | fuel and memory so far, as JSON |
+//! | `/count` | how many requests this instance has counted: 1, unless its service reuses instances |
 //! | `/burn?n=N` | N steps of a computation: the same fuel and answer every time |
 //! | `/burn?ms=M` | computes for M milliseconds |
 //! | `/sleep?ms=M` | waits |
@@ -18,11 +19,14 @@
 
 use std::collections::BTreeMap;
 use std::hint::black_box;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use insula_sdk::http::header::CONTENT_TYPE;
 use insula_sdk::{Error, Request, Response, Result, StatusCode, env, log, time, usage};
 use serde_json::json;
+
+static COUNT: AtomicU64 = AtomicU64::new(0);
 
 const MIB: usize = 1024 * 1024;
 /// Memory comes in pages of this size (WebAssembly, "Memory Instances").
@@ -38,6 +42,10 @@ async fn handle(req: Request) -> Result<Response> {
         "/usage" => {
             let used = usage();
             Response::json(&json!({ "fuel": used.fuel, "memory_bytes": used.memory_bytes }))
+        }
+        "/count" => {
+            let count = COUNT.fetch_add(1, Ordering::Relaxed) + 1;
+            Ok(Response::text(format!("{count}\n")))
         }
         "/burn" => burn(&req),
         "/sleep" => {

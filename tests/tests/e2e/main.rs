@@ -4,6 +4,7 @@
 mod admin;
 mod bad_bytes;
 mod cli;
+mod cold;
 mod curl;
 mod durable;
 mod fuel;
@@ -17,6 +18,7 @@ mod operations;
 mod overload;
 mod prometheus;
 mod python;
+mod reuse;
 mod roles;
 mod samples;
 mod streaming;

@@ -55,6 +55,7 @@ impl Fake {
                     collected: Box::new(Collected {
                         usage,
                         versions: std::mem::take(&mut *self.conduct.lock().unwrap()),
+                        broken: Vec::new(),
                         metrics: Some(metrics),
                     }),
                 };

@@ -168,6 +168,10 @@ fn collected() -> impl Strategy<Value = Collected> {
         prop::option::of("\\PC*"),
     )
         .prop_map(|(usage, versions, metrics)| Collected {
+            broken: versions
+                .iter()
+                .map(|_| ("a".parse().unwrap(), "b".parse().unwrap()))
+                .collect(),
             usage,
             versions,
             metrics,
