@@ -45,6 +45,7 @@ use crate::pool::conduct::VersionStats;
 use crate::pool::entries::{ServiceEntry, ServiceStats, TenantEntry};
 use crate::pool::versions::{Active, Versions};
 use crate::pool::worker::{self, Phase, WorkerError};
+use crate::process::walls::Wall;
 use crate::tls::Certificate;
 
 /// What the data plane is started with.
@@ -122,6 +123,7 @@ pub fn start(
     listeners: Vec<TcpListener>,
     commands: mpsc::Receiver<Command>,
     reports: mpsc::Sender<FromData>,
+    walls: Vec<Wall>,
 ) -> Result<DataPlane, StartError> {
     let workers = listeners.len();
     let pool = Pool::new(workers, config.instances)?;
@@ -168,7 +170,7 @@ pub fn start(
     };
     let thread = std::thread::Builder::new()
         .name("insula-data".to_owned())
-        .spawn(move || runtime.block_on(desk.run(commands, reports)))
+        .spawn(move || runtime.block_on(desk.run(commands, reports, walls)))
         .map_err(StartError::Thread)?;
     plane.threads.push(thread);
     Ok(plane)
@@ -208,8 +210,13 @@ const WAITING_PART: u32 = 4;
 const COMMANDS_AT_ONCE: usize = 256;
 
 impl Desk {
-    async fn run(mut self, mut commands: mpsc::Receiver<Command>, reports: mpsc::Sender<FromData>) {
-        if reports.send(FromData::Ready).await.is_err() {
+    async fn run(
+        mut self,
+        mut commands: mpsc::Receiver<Command>,
+        reports: mpsc::Sender<FromData>,
+        walls: Vec<Wall>,
+    ) {
+        if reports.send(FromData::Ready(walls)).await.is_err() {
             return;
         }
         let logs = Arc::clone(&self.logs);

@@ -28,6 +28,7 @@ use serde::{Deserialize, Serialize};
 use tokio::sync::mpsc;
 
 use crate::pool::conduct::Conduct;
+use crate::process::walls::Wall;
 use crate::tls::Pem;
 
 /// Commands that wait in the channel, at most.
@@ -43,6 +44,8 @@ pub enum DataEvent {
         /// Where it takes commands. A new one after every restart, so that no command meant for
         /// the one before reaches it.
         commands: mpsc::Sender<Command>,
+        /// What it has given up.
+        walls: Vec<Wall>,
     },
     /// It says something.
     Says(FromData),
@@ -233,8 +236,8 @@ mod traffic_or_none {
 /// From data to control.
 #[derive(Debug, Serialize, Deserialize)]
 pub enum FromData {
-    /// It runs and takes commands. The first that it says, once.
-    Ready,
+    /// It runs, behind these walls, and takes commands. The first that it says, once.
+    Ready(Vec<Wall>),
     /// It could not start, and ends.
     Failed(String),
     /// The answer to a command.

@@ -1,6 +1,8 @@
 //! A whole host: the control plane in this process, the data plane in a child.
 
 use std::net::SocketAddr;
+use std::os::unix::fs::DirBuilderExt;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -18,6 +20,8 @@ use crate::tls::{self, Certificate, TlsError, TlsFiles, Use};
 
 /// The file with the key that seals artefacts.
 const KEY_FILE: &str = "artefact.key";
+/// The directory that becomes the data process's root.
+const ROOT_DIR: &str = "empty";
 
 /// Why the host did not start.
 #[derive(Debug, thiserror::Error)]
@@ -28,6 +32,9 @@ pub enum StartError {
     /// The key of artefacts.
     #[error("the artefact key cannot be read or made: {0}")]
     Key(std::io::Error),
+    /// The directory that the data process is shut into.
+    #[error("the data process's empty root cannot be made: {0}")]
+    Root(std::io::Error),
     /// The data plane.
     #[error(transparent)]
     Data(#[from] keeper::StartError),
@@ -109,6 +116,9 @@ impl Host {
             code_idle: config.code_idle.into(),
             guest_memory: config.guest_memory.unwrap_or_else(default_guest_memory),
             artefact_key: key,
+            root: std::path::absolute(&config.data_dir)
+                .and_then(|data| empty_root(&data))
+                .map_err(StartError::Root)?,
         })?;
         // If this fails, the events are closed by then and `data` joins its thread.
         let control = control::start(
@@ -186,6 +196,15 @@ fn artefact_key(directory: &DataDir) -> std::io::Result<[u8; 32]> {
     getrandom::fill(&mut key).map_err(std::io::Error::other)?;
     directory.write_secret(KEY_FILE, &key)?;
     Ok(key)
+}
+
+/// A directory that is empty and stays so: nobody may write there, and the data process, which has
+/// it for its root, sees it through a mount that is read-only.
+fn empty_root(data: &Path) -> std::io::Result<PathBuf> {
+    let root = data.join(ROOT_DIR);
+    let mut builder = std::fs::DirBuilder::new();
+    builder.recursive(true).mode(0o500).create(&root)?;
+    Ok(root)
 }
 
 /// Three quarters of the machine, so that the rest is left to the host, its caches and the system.

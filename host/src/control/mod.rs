@@ -30,6 +30,7 @@ use sha2::Digest as _;
 use tokio::sync::{Mutex, Semaphore, watch};
 use tokio::task::JoinSet;
 
+use crate::process::walls::Wall;
 use crate::state::{Blobs, Health, Store, StoreError, Timestamp, Worker};
 
 mod api;
@@ -94,6 +95,8 @@ pub(crate) struct Control {
     pub(crate) health: Health,
     pub(crate) compilers: Rc<compile::Compilers>,
     pub(crate) link: link::DataLink,
+    /// Those of the data process that there is.
+    pub(crate) walls: RefCell<Vec<Wall>>,
     pub(crate) ledger: RefCell<ledger::Ledger>,
     pub(crate) trials: RefCell<trials::Trials>,
     pub(crate) logs: RefCell<logs::Logs>,

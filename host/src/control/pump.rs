@@ -20,8 +20,9 @@ const CHECKPOINT_EVERY: u32 = 5;
 pub(super) async fn pump(control: Rc<Control>, mut events: mpsc::Receiver<DataEvent>) {
     while let Some(event) = events.recv().await {
         match event {
-            DataEvent::Up { commands } => {
+            DataEvent::Up { commands, walls } => {
                 control.link.up(commands);
+                control.walls.replace(walls);
                 // The first is told by the start, which fails where it cannot be.
                 if control.link.restarts() > 0 {
                     reconcile::tell_again(&control);
@@ -60,7 +61,7 @@ fn take(control: &Rc<Control>, report: FromData) {
         }
         FromData::Logs(records) => control.logs.borrow().take(&records),
         // Its keeper has heard these.
-        FromData::Ready | FromData::Failed(_) => {}
+        FromData::Ready(_) | FromData::Failed(_) => {}
     }
 }
 

@@ -258,6 +258,7 @@ async fn open(
         files: Worker::start("insula-files", files)?,
         health,
         link: DataLink::new(),
+        walls: Default::default(),
         ledger: Default::default(),
         trials: Default::default(),
         logs: Default::default(),

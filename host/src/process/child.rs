@@ -1,19 +1,20 @@
 //! What the data process does.
 //!
 //! 1. The link is descriptor 0.
-//! 2. It asks the kernel to be killed when its parent dies, and does not end at a terminal's or a
-//!    service manager's signals: its parent drains it.
+//! 2. All other descriptors but standard output and error are closed.
 //! 3. The assignment comes over the link.
 //! 4. The engine is made.
-//! 5. Threads start: workers, the desk, and the link's own.
-//! 6. [`FromData::Ready`] goes out, and commands are taken until the link closes.
-//! 7. What still runs is cancelled, threads are joined, the process ends.
+//! 5. The walls are raised ([`super::walls`]); the kernel is asked to kill it when its parent dies.
+//! 6. Threads start: workers, the desk, and the link's own. A terminal's or a service manager's
+//!    signals do not end it: its parent drains it.
+//! 7. [`FromData::Ready`] goes out, and commands are taken until the link closes.
+//! 8. What still runs is cancelled, threads are joined, the process ends.
 //!
-//! What goes wrong before 6 is said as [`FromData::Failed`].
+//! What goes wrong before 7 is said as [`FromData::Failed`].
 
 use std::io;
 use std::net::TcpListener;
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, AsRawFd};
 use std::os::unix::net::UnixStream as Blocking;
 use std::process::ExitCode;
 
@@ -23,6 +24,7 @@ use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::mpsc;
 
 use super::Assignment;
+use super::walls::{self, Wall};
 use crate::data::{self, DataConfig, DataPlane};
 use crate::engine::artefact::ArtefactKey;
 use crate::link::{LinkError, socket};
@@ -39,7 +41,10 @@ pub fn main() -> ExitCode {
             return ExitCode::FAILURE;
         }
     };
-    match start(&link) {
+    // Before anything else is open; the link is one more.
+    let keep = [0, 1, 2, link.as_raw_fd()];
+    let walls = walls::close_descriptors(&keep);
+    match start(&link, walls) {
         Ok(running) => serve(running, link),
         Err(reason) => {
             // If nobody listens any more, the exit code still tells.
@@ -54,8 +59,6 @@ fn take_link() -> io::Result<Blocking> {
     let link = io::stdin().as_fd().try_clone_to_owned()?;
     // Asks for a name that only a socket has.
     rustix::net::getsockname(&link)?;
-    // Where this is too late, the link is closed already.
-    set_parent_process_death_signal(Some(Signal::KILL))?;
     Ok(link.into())
 }
 
@@ -66,7 +69,7 @@ struct Running {
     reports: mpsc::Receiver<FromData>,
 }
 
-fn start(link: &Blocking) -> Result<Running, String> {
+fn start(link: &Blocking, mut walls: Vec<Wall>) -> Result<Running, String> {
     let mut inbox = socket::Inbox::default();
     let assignment = socket::receive_blocking(link, &mut inbox);
     let Assignment {
@@ -88,10 +91,14 @@ fn start(link: &Blocking) -> Result<Running, String> {
         artefact_key: ArtefactKey::from_bytes(settings.artefact_key),
     };
     let engine = data::engine(&config).map_err(|error| error.to_string())?;
+    walls.extend(walls::raise(&settings.root));
+    // After the last change of user, which takes it back. Where this is too late, the link is closed
+    // already.
+    set_parent_process_death_signal(Some(Signal::KILL)).map_err(|error| error.to_string())?;
     let listeners = shared(listeners, settings.workers).map_err(|error| error.to_string())?;
     let (commands, commands_in) = mpsc::channel(COMMAND_QUEUE);
     let (reports_out, reports) = mpsc::channel(REPORT_QUEUE);
-    let plane = data::start(config, engine, listeners, commands_in, reports_out);
+    let plane = data::start(config, engine, listeners, commands_in, reports_out, walls);
     Ok(Running {
         plane: plane.map_err(|error| error.to_string())?,
         commands,

@@ -32,6 +32,7 @@ use rustix::process::{Pid, WaitId, WaitIdOptions, waitid};
 use tokio::net::UnixStream;
 use tokio::sync::mpsc;
 
+use super::walls::Wall;
 use super::{Assignment, Settings};
 use crate::link::frame::FILES_MAX;
 use crate::link::{LinkError, socket};
@@ -93,6 +94,8 @@ pub struct DataSpec {
     pub guest_memory: Bytes,
     /// The key that artefacts are sealed with.
     pub artefact_key: [u8; 32],
+    /// An empty directory, which becomes its root.
+    pub root: PathBuf,
 }
 
 /// Why there is no data process.
@@ -191,6 +194,7 @@ struct Life {
     link: UnixStream,
     inbox: socket::Inbox,
     began: Instant,
+    walls: Vec<Wall>,
 }
 
 /// How a life ended.
@@ -219,6 +223,7 @@ impl Keep {
                 return;
             }
         };
+        say_what_is_missing(&life.walls);
         let _ = started.send(Ok(()));
         let mut pause = Duration::ZERO;
         loop {
@@ -285,11 +290,12 @@ impl Keep {
         match tokio::time::timeout(START_WITHIN, assigned).await {
             Err(_) => Err(StartError::Late),
             Ok(Err(error)) => Err(error.into()),
-            Ok(Ok(FromData::Ready)) => Ok(Life {
+            Ok(Ok(FromData::Ready(walls))) => Ok(Life {
                 child,
                 link,
                 inbox,
                 began,
+                walls,
             }),
             Ok(Ok(FromData::Failed(reason))) => Err(StartError::Failed(reason)),
             Ok(Ok(_)) => Err(StartError::Failed("it says something else".to_owned())),
@@ -307,6 +313,7 @@ impl Keep {
             guest_memory: spec.guest_memory,
             artefact_key: spec.artefact_key,
             certificate: spec.certificate.as_ref().map(|now| now.pem().1),
+            root: spec.root.clone(),
         }
     }
 
@@ -316,10 +323,12 @@ impl Keep {
             child,
             link,
             mut inbox,
+            walls,
             ..
         } = life;
         let (commands, mut commands_out) = mpsc::channel::<Command>(COMMAND_QUEUE);
-        if self.events.send(DataEvent::Up { commands }).await.is_err() {
+        let up = DataEvent::Up { commands, walls };
+        if self.events.send(up).await.is_err() {
             return (child, Ended::Dismissed);
         }
         let (listeners, events) = (&mut self.listeners, &self.events);
@@ -358,6 +367,17 @@ impl Keep {
             ended = outgoing => ended,
         };
         (child, ended)
+    }
+}
+
+fn say_what_is_missing(walls: &[Wall]) {
+    let missing = walls.iter().filter_map(|wall| {
+        let why = wall.missing.as_ref()?;
+        Some(format!("{} ({why})", wall.name))
+    });
+    let missing: Vec<_> = missing.collect();
+    if !missing.is_empty() {
+        tracing::warn!(missing = missing.join("; "), "the data process lacks walls");
     }
 }
 

@@ -14,6 +14,7 @@
 //!
 //! * [`keeper`]: control's side; starts the process, and starts it again when it dies
 //! * [`child`]: what the process does
+//! * [`walls`]: what it gives up before it takes a request
 //!
 //! **Data dies.** The kernel closes its end of the link. The keeper says [`DataEvent::Down`], buries
 //! the process and starts another with the same listeners, in which clients' connections wait
@@ -27,6 +28,7 @@
 
 use std::net::TcpListener;
 use std::os::fd::OwnedFd;
+use std::path::PathBuf;
 use std::time::Duration;
 
 use insula_types::quantity::{Bytes, Fuel, Millis};
@@ -38,6 +40,7 @@ use crate::tls::Pem;
 
 pub mod child;
 pub mod keeper;
+pub mod walls;
 
 /// What a data process is to be, told once.
 #[derive(Debug)]
@@ -58,6 +61,8 @@ struct Settings {
     guest_memory: Bytes,
     artefact_key: [u8; 32],
     certificate: Option<Pem>,
+    /// An empty directory, which becomes its root.
+    root: PathBuf,
 }
 
 /// [`RequestLimits`], which in documents have several forms.

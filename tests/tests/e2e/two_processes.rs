@@ -179,3 +179,49 @@ fn the_data_process_has_artefacts_open_and_nothing_else_of_the_data_directory() 
     assert!(others.is_empty(), "{others:?}");
     assert!(open.len() > 4, "{open:?}");
 }
+
+/// A field of `/proc/PID/status`.
+fn status(pid: u32, field: &str) -> String {
+    let text = std::fs::read_to_string(format!("/proc/{pid}/status")).expect("proc(5)");
+    let line = text.lines().find_map(|line| line.strip_prefix(field));
+    line.unwrap_or_else(|| panic!("{field}: {text}"))
+        .trim_start_matches(':')
+        .trim()
+        .to_owned()
+}
+
+#[test]
+fn the_data_process_is_shut_in_as_far_as_the_host_says() {
+    let host = TestHost::start();
+    let service = host.tenant("a").create().deploy("hello");
+    assert_eq!(service.get("/").send().status, 200);
+    let data = host.data_pid();
+    let walls = host.admin().get("/v1/host")["data_plane"]["walls"].clone();
+    let holds = |name: &str| {
+        let walls = walls.as_array().expect("a list").iter();
+        let mut wall = walls.filter(|wall| wall["name"] == name);
+        let wall = wall.next().unwrap_or_else(|| panic!("no wall {name}"));
+        wall["missing"].is_null()
+    };
+    // These need no privilege, and no kernel that we run on lacks them.
+    for name in ["closed descriptors", "system calls", "no new privileges"] {
+        assert!(holds(name), "{name}: {walls}");
+    }
+    assert_eq!(status(data, "Seccomp"), "2");
+    assert_eq!(status(data, "NoNewPrivs"), "1");
+    let score = std::fs::read_to_string(format!("/proc/{data}/oom_score_adj"));
+    assert_eq!(score.expect("proc(5)").trim(), "500");
+    if holds("no capabilities") {
+        assert_eq!(status(data, "CapEff"), "0000000000000000");
+    }
+    if holds("own user") {
+        let user = status(data, "Uid");
+        assert!(user.split_whitespace().all(|id| id != "0"), "{user}");
+    }
+    if holds("empty root") {
+        let root = std::fs::read_dir(format!("/proc/{data}/root/")).expect("proc(5)");
+        assert_eq!(root.count(), 0, "something is in its root");
+    } else {
+        eprintln!("skipped: the empty root, since the kernel refuses it here");
+    }
+}

@@ -50,7 +50,10 @@ pub(crate) async fn host(control: Rc<Control>, _: Call) -> Answer {
         "ingress": config.ingress,
         "admin": control.admin,
         "started_at": control.started,
-        "data_plane": {"restarts": control.link.restarts()},
+        "data_plane": {
+            "restarts": control.link.restarts(),
+            "walls": *control.walls.borrow(),
+        },
         "workers": config.workers,
         "capacity": {
             "cpu_millicores": config.capacity_millicores(),

@@ -106,7 +106,10 @@ pub(super) fn live(fake: &Arc<Fake>, events: &mpsc::Sender<DataEvent>) {
     let (commands, mut commands_in) = mpsc::channel::<Command>(8);
     let (answers, noting) = (events.clone(), Arc::clone(fake));
     std::thread::spawn(move || {
-        let _ = answers.blocking_send(DataEvent::Up { commands });
+        let _ = answers.blocking_send(DataEvent::Up {
+            commands,
+            walls: Vec::new(),
+        });
         while let Some(command) = commands_in.blocking_recv() {
             let answer = noting.answer(command);
             let _ = answers.blocking_send(DataEvent::Says(answer));

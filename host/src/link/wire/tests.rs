@@ -12,6 +12,7 @@ use crate::messages::{
     VersionDelta,
 };
 use crate::pool::conduct::{Conduct, STEPS};
+use crate::process::walls::Wall;
 use crate::tls::Pem;
 
 fn file() -> File {
@@ -208,7 +209,10 @@ fn record() -> impl Strategy<Value = LogRecord> {
 
 fn from_data() -> impl Strategy<Value = FromData> {
     prop_oneof![
-        Just(()).prop_map(|()| FromData::Ready),
+        prop::option::of("\\PC*").prop_map(|missing| {
+            let name = "a wall".to_owned();
+            FromData::Ready(vec![Wall { name, missing }])
+        }),
         "\\PC*".prop_map(FromData::Failed),
         (any::<u64>(), prop::option::of(refusal())).prop_map(|(seq, refusal)| FromData::Done {
             seq,
@@ -325,7 +329,7 @@ fn files_and_message_must_fit_together() {
         Command::unpack(added),
         Err(MessageError::Files { sent: 2 })
     ));
-    let mut report = FromData::Ready.pack().unwrap();
+    let mut report = FromData::Ready(Vec::new()).pack().unwrap();
     report.files.push(file().into());
     assert!(FromData::unpack(report).is_err());
 }
