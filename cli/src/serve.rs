@@ -5,7 +5,8 @@
 //! 3. As many file descriptors as the system lets us have.
 //! 4. The host starts; both addresses are printed, then `ready`.
 //! 5. A run file tells this user's other processes where the token is (see [`crate::access`]).
-//! 6. SIGTERM, SIGINT, or the end of stdin where that was asked for: the host drains.
+//! 6. SIGTERM, SIGINT, or the end of stdin where that was asked for: the host drains. Another host
+//!    that is started in the same directory: this one hands over to it, and drains too.
 //! 7. A second signal: the process ends at once, with what still runs.
 //! 8. The run file goes, and a temporary directory with it.
 
@@ -55,8 +56,7 @@ pub(crate) fn run(args: &ServeArgs) -> Result<()> {
         .inspect_err(|error| tracing::warn!(%error, "other commands have to be told the token"))
         .ok();
     announce(&host, &data_dir)?;
-    signals.wait_and_drain(host, args.until_stdin_ends)?;
-    drop(registration);
+    signals.wait_and_drain(host, registration, args.until_stdin_ends)?;
     drop(temporary);
     Ok(())
 }
@@ -137,24 +137,38 @@ impl Signals {
         })
     }
 
-    fn wait_and_drain(self, host: Host, until_stdin_ends: bool) -> Result<()> {
+    fn wait_and_drain(
+        self,
+        host: Host,
+        registration: Option<Registration>,
+        until_stdin_ends: bool,
+    ) -> Result<()> {
         let Self {
             runtime,
             mut terminate,
             mut interrupt,
         } = self;
         let result = runtime.block_on(async {
-            // All three only wait; whichever is first wins, and the others hold nothing.
-            let why = tokio::select! {
-                _ = terminate.recv() => "SIGTERM",
-                _ = interrupt.recv() => "SIGINT",
-                () = stdin_end(), if until_stdin_ends => "stdin ended",
+            // All of them only wait; whichever is first wins, and the others hold nothing.
+            let (why, successor) = tokio::select! {
+                _ = terminate.recv() => ("SIGTERM", None),
+                _ = interrupt.recv() => ("SIGINT", None),
+                () = stdin_end(), if until_stdin_ends => ("stdin ended", None),
+                successor = host.successor() => ("another host takes over", Some(successor)),
             };
             tracing::info!(why, "draining");
-            let drained = tokio::task::spawn_blocking(move || host.shutdown());
+            // The next host leaves a run file of the same name.
+            drop(registration);
+            let drained = tokio::task::spawn_blocking(move || match successor {
+                None => Ok(host.shutdown()),
+                Some(successor) => host.hand_over(successor),
+            });
             // Cancelling the first branch does not stop the shutdown; the process ends instead.
             tokio::select! {
-                done = drained => done.map_err(|error| anyhow!("the shutdown failed: {error}")),
+                done = drained => match done {
+                    Ok(done) => done.context("the next host did not take over"),
+                    Err(error) => Err(anyhow!("the shutdown failed: {error}")),
+                },
                 _ = terminate.recv() => impatient(),
                 _ = interrupt.recv() => impatient(),
             }

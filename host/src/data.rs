@@ -36,8 +36,8 @@ use crate::ingress::Ingress;
 use crate::ingress::logs::{LogHub, ServiceLog};
 use crate::ingress::routes::RouteTable;
 use crate::messages::{
-    Collect, Collected, Command, FromData, IntendedVersion, LogRecord, Refusal, ServiceIntent,
-    ToData,
+    AtRest, Collect, Collected, Command, FromData, IntendedVersion, LogRecord, Refusal,
+    ServiceIntent, ToData,
 };
 use crate::pool::Pool;
 use crate::pool::clock::process_cpu_ns;
@@ -276,8 +276,8 @@ impl Desk {
                     opening = true;
                     Ok(())
                 }
-                ToData::Drain { deadline } => {
-                    self.drain(deadline).await;
+                ToData::Drain { deadline, at_rest } => {
+                    self.drain(deadline, at_rest).await;
                     Ok(())
                 }
                 ToData::Tenant { id, name, spec } => {
@@ -527,7 +527,10 @@ impl Desk {
             .collect()
     }
 
-    async fn drain(&self, deadline: Duration) {
+    async fn drain(&self, deadline: Duration, at_rest: AtRest) {
+        if at_rest == AtRest::AnswerOnce {
+            self.ingress.retire();
+        }
         self.phase.send_replace(Phase::Draining);
         self.pool.wake_all();
         let until = Instant::now() + deadline;

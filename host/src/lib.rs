@@ -12,12 +12,14 @@
 //! * [`state`]: intent, kept in SQLite and blobs
 //! * [`tls`]: certificates of the listeners
 //! * [`serve`]: both planes, started and drained
+//! * [`handover`]: from one host to the next, in place
 #![deny(unsafe_code)]
 
 pub mod config;
 pub mod control;
 pub mod data;
 pub mod engine;
+pub mod handover;
 pub mod ingress;
 pub mod link;
 pub mod messages;

@@ -49,6 +49,8 @@ pub enum DataEvent {
     },
     /// It says something.
     Says(FromData),
+    /// What the host before this one had not stored when it handed over.
+    Inherited(Vec<UsageDelta>),
     /// It has died; another is on its way.
     Down {
         /// The CPU time that it had used.
@@ -99,7 +101,19 @@ pub enum ToData<F = File> {
     Drain {
         /// When to cancel what still runs.
         deadline: std::time::Duration,
+        /// What becomes of connections on which nothing runs.
+        at_rest: AtRest,
     },
+}
+
+/// What becomes of a connection on which nothing runs, when data drains.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub enum AtRest {
+    /// It is closed; a request that is on its way meets a closed connection.
+    Close,
+    /// One more request is answered, and its client told to connect anew. Who asks for nothing for a
+    /// while is let go.
+    AnswerOnce,
 }
 
 /// What to answer a collection with.
@@ -183,7 +197,7 @@ impl<F> ToData<F> {
                 control_cpu_ns,
             },
             Self::Certificate(pem) => ToData::Certificate(pem),
-            Self::Drain { deadline } => ToData::Drain { deadline },
+            Self::Drain { deadline, at_rest } => ToData::Drain { deadline, at_rest },
         })
     }
 }

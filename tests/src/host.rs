@@ -407,6 +407,21 @@ impl TestHost {
         assert!(ended.is_none(), "it ended by itself:\n{}", self.said());
     }
 
+    /// Starts another host in the same directory, which takes over, and waits for the end of this one.
+    ///
+    /// # Panics
+    /// When either does not do its part.
+    pub fn upgrade(&self) {
+        let shared = &self.shared;
+        let next = Process::start(shared.root.path(), &shared.args, &shared.env);
+        let mut last = lock(&shared.process)
+            .replace(next)
+            .expect("a host that runs");
+        let status = last.wait(END_WITHIN);
+        lock(&shared.said).push_str(&lock(&last.log));
+        assert!(status.success(), "it ended with {status}:\n{}", self.said());
+    }
+
     /// Files in a folder of the data directory, and below it.
     #[must_use]
     pub fn files(&self, folder: &str) -> Vec<PathBuf> {

@@ -25,7 +25,7 @@ use std::time::Duration;
 use tokio::sync::{Mutex, mpsc, oneshot, watch};
 use tokio::time::Instant;
 
-use crate::messages::{Collect, Command, Refusal, ToData};
+use crate::messages::{AtRest, Collect, Command, Refusal, ToData};
 use crate::pool::clock::{children_cpu_ns, process_cpu_ns};
 
 /// How long data may take to apply a change: it loads an artefact at most.
@@ -197,10 +197,10 @@ impl DataLink {
     }
 
     /// Lets running requests finish until the deadline.
-    pub(crate) async fn drain(&self, deadline: Duration) -> Result<(), LinkError> {
+    pub(crate) async fn drain(&self, deadline: Duration, at_rest: AtRest) -> Result<(), LinkError> {
         // Cancelling what is left at the deadline takes a moment too.
         self.apply_within(
-            ToData::Drain { deadline },
+            ToData::Drain { deadline, at_rest },
             deadline + Duration::from_secs(5),
         )
         .await

@@ -59,9 +59,12 @@ mod trials;
 
 pub use auth::AdminTokenError;
 pub use compile::{Compiler, Seal};
-pub use start::{ControlConfig, ControlPlane, StartError, start};
+pub(crate) use start::Steps;
+pub use start::{ControlConfig, ControlPlane, StartError, listen, start};
 
-use problem::Problem;
+use problem::{Code, Problem};
+
+type StoreWorker = Worker<Box<dyn Store>>;
 
 /// Streams (logs, events) that are followed at once; they must not use up the connections.
 const STREAMS_MAX: usize = 64;
@@ -89,7 +92,8 @@ pub(crate) struct Control {
     pub(crate) started: Timestamp,
     started_at: tokio::time::Instant,
     pub(crate) machine: machine::Machine,
-    store: Worker<Box<dyn Store>>,
+    /// Until another host has taken over.
+    store: RefCell<Option<Rc<StoreWorker>>>,
     pub(crate) files: Worker<Blobs>,
     /// Whether the state still takes changes.
     pub(crate) health: Health,
@@ -134,7 +138,10 @@ impl Control {
         job: impl FnOnce(&mut dyn Store) -> Result<T, StoreError> + Send + 'static,
     ) -> Result<T, Problem> {
         let health = self.health.clone();
-        let answer = self.store.run(move |store| {
+        let worker = self.store.borrow().clone();
+        let gone = || Problem::new(Code::Stopping, "another host has taken over");
+        let worker = worker.ok_or_else(gone)?;
+        let answer = worker.run(move |store| {
             let answer = job(store.as_mut());
             // Before the next job: it must not write any more.
             if let Err(StoreError::Disk(reason)) = &answer {
@@ -143,6 +150,11 @@ impl Control {
             answer
         });
         Ok(answer.await??)
+    }
+
+    /// Lets go of the state. Nothing uses it any more but what waits for its end.
+    fn close_store(&self) {
+        self.store.take();
     }
 
     /// Starts a task that goes on when its starter goes away, and that the shutdown waits for.

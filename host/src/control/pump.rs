@@ -29,6 +29,7 @@ pub(super) async fn pump(control: Rc<Control>, mut events: mpsc::Receiver<DataEv
                 }
             }
             DataEvent::Says(report) => take(&control, report),
+            DataEvent::Inherited(usage) => control.ledger.borrow_mut().absorb(&usage),
             DataEvent::Down { cpu_ns } => {
                 control.link.down(cpu_ns);
                 if control.readiness.get() != Readiness::Stopping {

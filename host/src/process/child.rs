@@ -4,7 +4,8 @@
 //! 2. All other descriptors but standard output and error are closed.
 //! 3. The assignment comes over the link.
 //! 4. The engine is made.
-//! 5. The walls are raised ([`super::walls`]); the kernel is asked to kill it when its parent dies.
+//! 5. The walls are raised ([`super::walls`]); with them the kernel is asked to kill it when its parent
+//!    dies.
 //! 6. Threads start: workers, the desk, and the link's own. A terminal's or a service manager's
 //!    signals do not end it: its parent drains it.
 //! 7. [`FromData::Ready`] goes out, and commands are taken until the link closes.
@@ -18,7 +19,6 @@ use std::os::fd::{AsFd, AsRawFd};
 use std::os::unix::net::UnixStream as Blocking;
 use std::process::ExitCode;
 
-use rustix::process::{Signal, set_parent_process_death_signal};
 use tokio::net::UnixStream;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::mpsc;
@@ -92,9 +92,6 @@ fn start(link: &Blocking, mut walls: Vec<Wall>) -> Result<Running, String> {
     };
     let engine = data::engine(&config).map_err(|error| error.to_string())?;
     walls.extend(walls::raise(&settings.root));
-    // After the last change of user, which takes it back. Where this is too late, the link is closed
-    // already.
-    set_parent_process_death_signal(Some(Signal::KILL)).map_err(|error| error.to_string())?;
     let listeners = shared(listeners, settings.workers).map_err(|error| error.to_string())?;
     let (commands, commands_in) = mpsc::channel(COMMAND_QUEUE);
     let (reports_out, reports) = mpsc::channel(REPORT_QUEUE);

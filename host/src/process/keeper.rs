@@ -76,9 +76,7 @@ impl Default for DataProgram {
 pub struct DataSpec {
     /// What to run.
     pub program: DataProgram,
-    /// The ingress listener; port 0 asks the kernel for one.
-    pub listen: SocketAddr,
-    /// What makes it speak TLS.
+    /// What makes the ingress speak TLS.
     pub certificate: Option<Arc<Certificate>>,
     /// Services answer on `<service>.<tenant>.<domain>`.
     pub domain: String,
@@ -126,6 +124,7 @@ pub enum StartError {
 #[derive(Debug)]
 pub struct Keeper {
     ingress: SocketAddr,
+    events: mpsc::WeakSender<DataEvent>,
     thread: Option<JoinHandle<()>>,
 }
 
@@ -134,6 +133,11 @@ impl Keeper {
     #[must_use]
     pub const fn ingress(&self) -> SocketAddr {
         self.ingress
+    }
+
+    /// Where control hears of things.
+    pub(crate) fn events(&self) -> mpsc::WeakSender<DataEvent> {
+        self.events.clone()
     }
 }
 
@@ -147,15 +151,27 @@ impl Drop for Keeper {
     }
 }
 
-/// Binds the listeners, starts the first data process and waits until it takes commands.
+/// Opens the listeners, one for each worker as far as they can be sent at once.
+///
+/// # Errors
+/// [`StartError::Listen`].
+pub fn listen(address: SocketAddr, workers: usize) -> Result<Vec<TcpListener>, StartError> {
+    Ok(worker::listeners(address, workers.min(FILES_MAX))?)
+}
+
+/// Starts the first data process with these listeners and waits until it takes commands.
 ///
 /// # Errors
 /// [`StartError`]; nothing is left of it then.
-pub fn start(spec: DataSpec) -> Result<(Keeper, mpsc::Receiver<DataEvent>), StartError> {
-    let listeners = worker::listeners(spec.listen, spec.workers.min(FILES_MAX))?;
+pub fn start(
+    spec: DataSpec,
+    listeners: Vec<TcpListener>,
+) -> Result<(Keeper, mpsc::Receiver<DataEvent>), StartError> {
     let ingress = listeners.first().map(TcpListener::local_addr);
-    let ingress = ingress.and_then(Result::ok).unwrap_or(spec.listen);
+    let nothing = || io::Error::from(io::ErrorKind::InvalidInput);
+    let ingress = ingress.ok_or_else(nothing)??;
     let (events, events_out) = mpsc::channel(REPORT_QUEUE);
+    let weak = events.downgrade();
     let (started, start) = std::sync::mpsc::sync_channel(1);
     let keep = Keep {
         spec,
@@ -179,6 +195,7 @@ pub fn start(spec: DataSpec) -> Result<(Keeper, mpsc::Receiver<DataEvent>), Star
         .map_err(StartError::Thread)?;
     let keeper = Keeper {
         ingress,
+        events: weak,
         thread: Some(thread),
     };
     match start.recv() {

@@ -8,6 +8,7 @@
 //!                    bounds on descriptors, threads, files; no core dump
 //!                    its own user, no capabilities, no new privileges, not dumpable
 //!                    a filter: the system calls of [`CALLS`], none of which opens a file or a socket
+//!                    killed by the kernel when control dies
 //!  threads inherit all of it
 //! ```
 //!
@@ -25,7 +26,7 @@ use std::os::fd::RawFd;
 use std::path::{Path, PathBuf};
 
 use insula_vmm::jail::{self, Identity, Limits, Measure, Spec};
-use rustix::process::{Resource, getrlimit, setrlimit};
+use rustix::process::{Resource, Signal, getrlimit, set_parent_process_death_signal, setrlimit};
 use seccompiler::{
     BackendError, BpfProgram, SeccompAction, SeccompCmpArgLen, SeccompCmpOp, SeccompCondition,
     SeccompFilter, SeccompRule, TargetArch,
@@ -127,6 +128,10 @@ pub(super) fn raise(root: &Path) -> Vec<Wall> {
     // Where this fails, lending cores does without it, as it does for other users than root.
     let _ = keep_claim();
     walls.extend(took(&spec(root.to_owned()), &MEASURES));
+    // After the last change of user, which takes it back. Where it is too late, the link is closed
+    // already.
+    let orphan = set_parent_process_death_signal(Some(Signal::KILL));
+    walls.push(Wall::new("killed with control", orphan));
     walls.push(Wall::new("system calls", filter()));
     walls
 }

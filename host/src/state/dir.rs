@@ -9,6 +9,7 @@
 //!   blobs/<2 hex>/<hex>        uploaded components by SHA-256
 //!   artefacts/<hex>-<compat>   compiled ones
 //!   tmp/             unfinished files; emptied at every start
+//!   handover         where the next host asks this one for all of it
 //!   empty/           0500, the root of the data process
 //! ```
 

@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use insula_tests::wait::{holds, until};
-use insula_tests::{Service, TestHost, guests};
+use insula_tests::{Service, TestHost, guests, load};
 use serde_json::json;
 
 /// Whether a process is there, and not only waits to be buried.
@@ -224,4 +224,60 @@ fn the_data_process_is_shut_in_as_far_as_the_host_says() {
     } else {
         eprintln!("skipped: the empty root, since the kernel refuses it here");
     }
+}
+
+#[test]
+fn an_upgrade_in_place_fails_no_request() {
+    let rounds: u32 = std::env::var("INSULA_UPGRADES").map_or(3, |n| n.parse().expect("a number"));
+    let host = TestHost::plan().arg("--drain", "30s").start();
+    let tenant = host.tenant("a").create();
+    let hello = tenant.deploy("hello");
+    let slow = tenant
+        .service("slow")
+        .limits(json!({"timeout": "60s"}))
+        .deploy("sse");
+    let ended = AtomicBool::new(false);
+    let more = || !ended.load(Ordering::Relaxed);
+    let (kept, streams) = std::thread::scope(|scope| {
+        let request = hello.get("/");
+        let kept = scope.spawn(move || load::as_long_as(more, 4, &request));
+        let request = slow.get("/");
+        let streams = scope.spawn(move || load::as_long_as(more, 2, &request));
+        for _ in 0..rounds {
+            host.upgrade();
+            let ready = host.admin_as(None).request("GET", "/readyz").send();
+            assert_eq!(ready.status, 200, "{}", ready.text());
+        }
+        ended.store(true, Ordering::Relaxed);
+        (
+            kept.join().expect("a client"),
+            streams.join().expect("a client"),
+        )
+    });
+    eprintln!(
+        "{rounds} upgrades: {} requests on connections that were kept, {} streams, none failed; \
+         the slowest request took {:?}",
+        kept.total(),
+        streams.total(),
+        kept.quantile(1.0),
+    );
+    assert_eq!(
+        kept.status(200),
+        kept.total(),
+        "{:?} {:?}",
+        kept.statuses,
+        kept.problems
+    );
+    assert_eq!(
+        streams.status(200),
+        streams.total(),
+        "{:?}",
+        streams.statuses
+    );
+    until(Duration::from_secs(10), "all of it is in the books", || {
+        let usage = host.usage("a");
+        let counted = usage["requests"]["ok"].as_u64();
+        let sent = kept.total() + streams.total();
+        holds(counted == Some(sent), format!("{counted:?} of {sent}"))
+    });
 }

@@ -12,7 +12,7 @@ use serde_json::Value;
 use tokio::sync::mpsc;
 
 use crate::config::DEFAULT_CEILING;
-use crate::control::{Compiler, ControlConfig, ControlPlane, start};
+use crate::control::{Compiler, ControlConfig, ControlPlane, listen, start};
 use crate::messages::{
     Collected, Command, DataEvent, FromData, LogRecord, Refusal, ToData, UsageDelta,
 };
@@ -65,7 +65,7 @@ impl Fake {
             ToData::DropService(id) => format!("drop service {id}"),
             ToData::Open => "open".to_owned(),
             ToData::Certificate(_) => "certificate".to_owned(),
-            ToData::Drain { deadline } => format!("drain {deadline:?}"),
+            ToData::Drain { deadline, .. } => format!("drain {deadline:?}"),
             ToData::Service(intent) => {
                 let serving = |number| intent.traffic.share(number).unwrap_or(0) > 0;
                 let mut note = format!("service {}", intent.name);
@@ -135,7 +135,6 @@ impl Rig {
         live(&fake, &reports);
         let counting = Arc::clone(&compiled);
         let config = ControlConfig {
-            admin: SocketAddr::from(([127, 0, 0, 1], 0)),
             certificate: None,
             ingress: SocketAddr::from(([127, 0, 0, 1], 8080)),
             ingress_certificate: None,
@@ -156,7 +155,8 @@ impl Rig {
                 [b"sealed:", artefact].concat()
             }),
         };
-        let control = start(config, data, reports_in).unwrap();
+        let listener = listen(SocketAddr::from(([127, 0, 0, 1], 0)), None).unwrap();
+        let control = start(config, data, reports_in, listener).unwrap();
         let token = std::fs::read_to_string(path.join("admin.token"))
             .unwrap()
             .trim()

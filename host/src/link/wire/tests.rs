@@ -8,8 +8,8 @@ use proptest::prelude::*;
 
 use super::*;
 use crate::messages::{
-    Collect, Collected, IntendedVersion, LogSource, Refusal, ServiceIntent, ToData, UsageDelta,
-    VersionDelta,
+    AtRest, Collect, Collected, IntendedVersion, LogSource, Refusal, ServiceIntent, ToData,
+    UsageDelta, VersionDelta,
 };
 use crate::pool::conduct::{Conduct, STEPS};
 use crate::process::walls::Wall;
@@ -117,7 +117,12 @@ fn to_data() -> impl Strategy<Value = ToData> {
             key: bytes,
         })),
         (any::<u32>()).prop_map(|ms| ToData::Drain {
-            deadline: Duration::from_millis(ms.into())
+            deadline: Duration::from_millis(ms.into()),
+            at_rest: if ms % 2 == 0 {
+                AtRest::Close
+            } else {
+                AtRest::AnswerOnce
+            },
         }),
     ]
 }
