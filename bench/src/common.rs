@@ -70,7 +70,7 @@ impl Common {
     pub(crate) fn bed(&self, layout: Layout, scratch: &Path, wasmtime: PathBuf) -> Result<Bed> {
         let insula = match &self.insula {
             Some(path) => path.clone(),
-            None => peers::built("target/release/insula", "cargo build --release")?,
+            None => peers::built("target/dist/insula", "cargo build --profile dist -p insula")?,
         };
         Ok(Bed {
             component: self.guest_path("hello"),

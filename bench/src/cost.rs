@@ -131,7 +131,7 @@ fn bed(
     let insula = match &options.insula {
         Some(path) => path.clone(),
         None if needs(&[Contestant::Insula, Contestant::InsulaReusing]) => {
-            peers::built("target/release/insula", "cargo build --release")?
+            peers::built("target/dist/insula", "cargo build --profile dist -p insula")?
         }
         None => PathBuf::new(),
     };

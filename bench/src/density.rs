@@ -8,6 +8,9 @@
 //!  one service, warm ─▶ all others deployed ─▶ idle ─▶ first requests ─▶ one, all, one, all …
 //! ```
 //!
+//! An idle service has no code in memory, so its first request loads it. Before warm services are
+//! measured, every one of them is asked once.
+//!
 //! Warm services are asked in two ways: at a constant rate, which tells what a request costs, and
 //! as fast as they answer, which tells how many there are of them.
 
@@ -41,8 +44,10 @@ const DEPLOYERS: usize = 2;
 const COLD: usize = 500;
 const CONNECTIONS: usize = 32;
 const WARM_UP: Duration = Duration::from_secs(1);
-/// Until what deploying left behind has been done.
-const SETTLE: Duration = Duration::from_secs(3);
+/// How long code stays that nobody asks: the host's default, said again because the run waits for it.
+const CODE_IDLE: &str = "60s";
+/// Until the last code has left that deploying brought in.
+const SETTLE: Duration = Duration::from_secs(66);
 /// How often it is said how far deploying has come.
 const TELL_EVERY: usize = 500;
 
@@ -74,7 +79,7 @@ pub(crate) fn run(options: &Options) -> Result<()> {
     let layout = layout.unwrap_or(Layout::Split);
     let bed = options.common.bed(layout, scratch.path(), "".into())?;
     let data = tempfile::tempdir_in(&bed.scratch)?.keep();
-    let host = insula::start(&bed, &data, &[])?;
+    let host = insula::start(&bed, &data, &["--code-idle", CODE_IDLE])?;
     let town = Town {
         options,
         bed: &bed,
@@ -185,7 +190,6 @@ impl Town<'_> {
         add(FIRST, self.first()?, 0);
         let hosts: Vec<String> = (0..self.options.services).map(name).collect();
         let (one, all) = (Targets::one("/", &hosts[0]), Targets::zipf("/", &hosts));
-        self.warm(&all)?;
         let rotation: Vec<Vec<u8>> = (0..self.options.services)
             .step_by(PER_TENANT)
             .map(|number| get("/", &name(number)))
@@ -193,6 +197,7 @@ impl Town<'_> {
         self.throughput(&rotation)?;
         for round in 0..self.options.common.rounds {
             let (alone, first) = self.warm(&one)?;
+            self.wake(&hosts)?;
             let (among, second) = self.warm(&all)?;
             add(WARM, (among / alone, first.max(second)), round);
             let (alone, first) = self.throughput(&rotation[..1])?;
@@ -246,24 +251,34 @@ impl Town<'_> {
         let cold = self.options.services - 1;
         let asked = cold.min(COLD);
         for index in 0..asked {
-            let host = name(1 + index * cold / asked);
-            let call = Call {
-                method: "GET",
-                path: "/",
-                host: &host,
-                fields: "",
-                body: b"",
-            };
-            let began = Instant::now();
-            let (status, body) = call.send(self.host.ingress)?;
-            let took = began.elapsed();
-            if status != 200 || body != HELLO {
-                bail!("{host}: {status}");
-            }
+            let took = self.ask(&name(1 + index * cold / asked))?;
             latency.saturating_record(u64::try_from(took.as_micros())?);
         }
         let p99 = count(latency.value_at_quantile(0.99)) / 1e6;
         Ok((p99, meter.end()?.elsewhere))
+    }
+
+    /// One request on a connection of its own; how long it took.
+    fn ask(&self, host: &str) -> Result<Duration> {
+        let call = Call {
+            method: "GET",
+            path: "/",
+            host,
+            fields: "",
+            body: b"",
+        };
+        let began = Instant::now();
+        let (status, body) = call.send(self.host.ingress)?;
+        let took = began.elapsed();
+        if status != 200 || body != HELLO {
+            bail!("{host}: {status}");
+        }
+        Ok(took)
+    }
+
+    /// Asks every service once, so that its code is in memory.
+    fn wake(&self, hosts: &[String]) -> Result<()> {
+        hosts.iter().try_for_each(|host| self.ask(host).map(drop))
     }
 
     /// Answers per second, as fast as they come.

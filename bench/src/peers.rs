@@ -60,6 +60,8 @@ fn install_wasmtime(root: &Path) -> Result<()> {
         .args(["install", "wasmtime-cli", "--locked"])
         .args(["--version", WASMTIME_VERSION, "--root"])
         .arg(root)
+        // As our own `dist` profile has it.
+        .env("CARGO_PROFILE_RELEASE_LTO", "fat")
         .status()
         .context("starting cargo")?;
     if !status.success() {

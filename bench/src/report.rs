@@ -60,8 +60,9 @@ impl Cost<'_> {
         writeln!(out, "{}", page::provenance())?;
         writeln!(
             out,
-            "- `wasmtime serve` is 48.0.8 as `cargo install` builds it, run with `-Scli`; as \
-             shipped with no other flag; pooled with `{}`; tuned with `{}`.",
+            "- insula is built with `--profile dist`, `wasmtime` 48.0.8 by `cargo install` with the \
+             same link-time optimisation (`CARGO_PROFILE_RELEASE_LTO=fat`). `wasmtime serve` runs \
+             with `-Scli`; as shipped with no other flag; pooled with `{}`; tuned with `{}`.",
             pooled_flags(),
             tuned_flags()
         )?;

@@ -1,13 +1,17 @@
 //! HTTP/1.1 to a host's admin API: one connection per call, everything bounded in time and size.
 
+mod body;
+
 use std::fmt;
+use std::fs::File;
 use std::time::Duration;
 
 use bytes::Bytes;
-use http_body_util::{BodyExt, Full, Limited};
+use http_body_util::{BodyExt, Limited};
 use hyper::body::Incoming;
 use hyper::client::conn::http1::{self, SendRequest};
 use hyper::header::{self, HeaderMap, HeaderValue};
+use hyper::upgrade::Upgraded;
 use hyper::{Method, Request, Response, StatusCode};
 use hyper_util::rt::TokioIo;
 use insula_host::config::UrlScheme;
@@ -22,10 +26,14 @@ use crate::args::Connection;
 use crate::output::plain;
 use crate::tls::Tls;
 
+use body::{Body, FileBody, whole};
+
 /// To establish a connection.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 /// From the request to the whole answer; a large component takes its time to compile.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(600);
+/// For an image of many gigabytes.
+const UPLOAD_TIMEOUT: Duration = Duration::from_secs(4 * 3_600);
 /// The largest answer that is read; lists are pages and far smaller.
 const ANSWER_MAX_BYTES: usize = 64 << 20;
 
@@ -222,6 +230,51 @@ impl Client {
         self.call(Method::POST, path, &headers, component).await
     }
 
+    /// Sends a file as it is read.
+    pub(crate) async fn put_file(&self, path: &str, file: File) -> Result<Answer, ClientError> {
+        let headers = [(
+            header::CONTENT_TYPE,
+            HeaderValue::from_static("application/octet-stream"),
+        )];
+        let body = FileBody::new(file).map_err(|error| ClientError::Broken {
+            asked: format!("PUT {path}"),
+            reason: error.to_string(),
+        })?;
+        let body = Body::new(body);
+        self.call_within(UPLOAD_TIMEOUT, Method::PUT, path, &headers, body)
+            .await
+    }
+
+    /// Turns a connection into one of another protocol. It is driven as long as the returned set
+    /// lives.
+    pub(crate) async fn upgrade(
+        &self,
+        path: &str,
+        protocol: &'static str,
+    ) -> Result<(TokioIo<Upgraded>, JoinSet<()>), ClientError> {
+        let headers = [
+            (header::CONNECTION, HeaderValue::from_static("upgrade")),
+            (header::UPGRADE, HeaderValue::from_static(protocol)),
+        ];
+        let body = whole(Bytes::new());
+        let (response, driver) = self.send(&Method::GET, path, &headers, body).await?;
+        let status = response.status();
+        if status != StatusCode::SWITCHING_PROTOCOLS {
+            let body = Limited::new(response.into_body(), ANSWER_MAX_BYTES)
+                .collect()
+                .await
+                .map(http_body_util::Collected::to_bytes)
+                .unwrap_or_default();
+            return Err(self.problem(status, &body));
+        }
+        let upgraded = hyper::upgrade::on(response).await;
+        let upgraded = upgraded.map_err(|error| ClientError::Broken {
+            asked: format!("GET {path}"),
+            reason: error.to_string(),
+        })?;
+        Ok((TokioIo::new(upgraded), driver))
+    }
+
     pub(crate) async fn delete(&self, path: &str) -> Result<(), ClientError> {
         self.call(Method::DELETE, path, &[], Bytes::new()).await?;
         Ok(())
@@ -242,6 +295,18 @@ impl Client {
         headers: &[(header::HeaderName, HeaderValue)],
         body: Bytes,
     ) -> Result<Answer, ClientError> {
+        self.call_within(ANSWER_TIMEOUT, method, path, headers, whole(body))
+            .await
+    }
+
+    async fn call_within(
+        &self,
+        patience: Duration,
+        method: Method,
+        path: &str,
+        headers: &[(header::HeaderName, HeaderValue)],
+        body: Body,
+    ) -> Result<Answer, ClientError> {
         let asked = format!("{method} {path}");
         let broken = |reason: String| ClientError::Broken {
             asked: asked.clone(),
@@ -257,9 +322,9 @@ impl Client {
                 .to_bytes();
             Ok((head, body))
         };
-        let (head, body) = timeout(ANSWER_TIMEOUT, exchange)
+        let (head, body) = timeout(patience, exchange)
             .await
-            .map_err(|_| broken(format!("no answer within {} s", ANSWER_TIMEOUT.as_secs())))??;
+            .map_err(|_| broken(format!("no answer within {} s", patience.as_secs())))??;
         if !head.status.is_success() {
             return Err(self.problem(head.status, &body));
         }
@@ -272,7 +337,8 @@ impl Client {
 
     /// An answer that is read while it comes.
     pub(crate) async fn stream(&self, path: &str) -> Result<Stream, ClientError> {
-        let (response, connection) = self.send(&Method::GET, path, &[], Bytes::new()).await?;
+        let body = whole(Bytes::new());
+        let (response, connection) = self.send(&Method::GET, path, &[], body).await?;
         let status = response.status();
         if !status.is_success() {
             let body = Limited::new(response.into_body(), ANSWER_MAX_BYTES)
@@ -304,7 +370,7 @@ impl Client {
         method: &Method,
         path: &str,
         headers: &[(header::HeaderName, HeaderValue)],
-        body: Bytes,
+        body: Body,
     ) -> Result<(Response<Incoming>, JoinSet<()>), ClientError> {
         let refused = |reason: String| ClientError::Connect {
             address: self.address.clone(),
@@ -355,7 +421,7 @@ impl Client {
             request = request.header(header::AUTHORIZATION, value);
         }
         let request = request
-            .body(Full::new(body))
+            .body(body)
             .map_err(|error| broken(error.to_string()))?;
         let response = sender
             .send_request(request)
@@ -366,7 +432,7 @@ impl Client {
 }
 
 /// Makes a byte stream one of HTTP, driven by a task.
-async fn open<S>(stream: S, driver: &mut JoinSet<()>) -> Result<SendRequest<Full<Bytes>>, String>
+async fn open<S>(stream: S, driver: &mut JoinSet<()>) -> Result<SendRequest<Body>, String>
 where
     S: AsyncRead + AsyncWrite + Send + Unpin + 'static,
 {
@@ -374,7 +440,7 @@ where
     let (sender, connection) = opened.map_err(|error| error.to_string())?;
     driver.spawn(async move {
         // What goes wrong here is seen by whoever waits for the answer.
-        let _ = connection.await;
+        let _ = connection.with_upgrades().await;
     });
     Ok(sender)
 }

@@ -8,6 +8,7 @@ use std::str::FromStr;
 use std::thread::available_parallelism;
 
 use insula_host::config::{DEFAULT_CEILING, DEFAULT_CODE_IDLE, DEFAULT_INSTANCES, HostConfig};
+use insula_host::control::{AtEnd, MachinesConfig};
 use insula_host::process::keeper::DataProgram;
 use insula_host::tls::TlsFiles;
 use insula_types::spec::{RequestLimits, is_host_name};
@@ -21,6 +22,9 @@ const DEFAULT_ADMIN: &str = "127.0.0.1:8081";
 const DEFAULT_DOMAIN: &str = "localhost";
 const DEFAULT_DRAIN: Millis = Millis::constant(10_000);
 const DEFAULT_LOG: &str = "info";
+/// What is left is for the host, its services and its monitors.
+const DEFAULT_MACHINE_MEMORY_PERCENT: u32 = 80;
+const MACHINE_MEMORY_PERCENT_MAX: u32 = 1_000;
 /// More threads than any machine that this is meant for has cores.
 const WORKERS_MAX: usize = 1024;
 /// Each holds an address range of its own; beyond this the 47 bits of a process are used up.
@@ -122,7 +126,7 @@ impl Reader {
     }
 }
 
-const KEYS: [&str; 19] = [
+const KEYS: [&str; 21] = [
     "admin",
     "admin_tls_cert",
     "admin_tls_key",
@@ -134,6 +138,8 @@ const KEYS: [&str; 19] = [
     "instances",
     "listen",
     "log",
+    "machine_memory_percent",
+    "machines_on_emulation",
     "max_fuel",
     "max_memory",
     "max_request_body",
@@ -186,6 +192,16 @@ pub(crate) fn resolve(
         code_idle: reader.read("code_idle", DEFAULT_CODE_IDLE),
         drain: reader.read("drain", DEFAULT_DRAIN),
         data_program: DataProgram::default(),
+        machines: MachinesConfig {
+            program: std::env::current_exe().unwrap_or_else(|_| PathBuf::from("insula")),
+            memory_percent: reader.read_with(
+                "machine_memory_percent",
+                DEFAULT_MACHINE_MEMORY_PERCENT,
+                |text| number(text, 0, MACHINE_MEMORY_PERCENT_MAX),
+            ),
+            on_emulation: reader.read("machines_on_emulation", false),
+            at_end: AtEnd::RunOn,
+        },
     };
     if !host.admin.ip().is_loopback() && host.admin_tls.is_none() {
         let place = reader.place("admin");
@@ -218,6 +234,10 @@ pub(crate) fn resolve(
             Data::At,
         ),
     };
+    let mut host = host;
+    if data == Data::Temporary {
+        host.machines.at_end = AtEnd::Stop;
+    }
     if reader.mistakes.is_empty() {
         Ok(Settings { host, data, log })
     } else {
@@ -261,6 +281,7 @@ fn read_file(reader: &mut Reader, path: &Path, text: &str) {
 
 fn read_flags(reader: &mut Reader, args: &ServeArgs) {
     let temporary = args.temporary.then(|| true.to_string());
+    let on_emulation = args.machines_on_emulation.then(|| true.to_string());
     let flags = [
         ("admin", &args.admin),
         ("admin_tls_cert", &args.admin_tls_cert),
@@ -273,6 +294,8 @@ fn read_flags(reader: &mut Reader, args: &ServeArgs) {
         ("instances", &args.instances),
         ("listen", &args.listen),
         ("log", &args.log),
+        ("machine_memory_percent", &args.machine_memory_percent),
+        ("machines_on_emulation", &on_emulation),
         ("max_fuel", &args.max_fuel),
         ("max_memory", &args.max_memory),
         ("max_request_body", &args.max_request_body),

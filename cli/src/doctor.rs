@@ -1,12 +1,13 @@
 //! `insula doctor`: what this machine has and lacks, and how to mend it.
 
 use std::fmt;
-use std::fs::{self, OpenOptions};
+use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use anyhow::Result;
+use insula_host::machines::Support;
 use insula_toolchain::{Probe, Readiness, Settings};
 use rustix::process::{Resource, getrlimit};
 use serde_json::json;
@@ -88,7 +89,7 @@ pub(crate) fn run(args: &DoctorArgs) -> Result<ExitCode> {
         overcommit(&text("/proc/sys/vm/overcommit_memory")),
         swap(&text("/proc/swaps")),
         cgroups(Path::new("/sys/fs/cgroup")),
-        kvm(open_kvm(), &text("/proc/cpuinfo")),
+        kvm(&insula_host::machines::probe()),
         toolchain(),
     ];
     match args.output {
@@ -297,41 +298,22 @@ fn cgroups(root: &Path) -> Check {
     }
 }
 
-fn open_kvm() -> io::Result<()> {
-    OpenOptions::new()
-        .read(true)
-        .write(true)
-        .open("/dev/kvm")
-        .map(drop)
-}
-
-/// `/dev/kvm` that opens is not yet a KVM that runs an ordinary kernel: some are emulated in
-/// software. Whether the processor has the extension at all is what tells them apart from here.
-fn kvm(opened: io::Result<()>, cpuinfo: &str) -> Check {
+/// By trying: `/dev/kvm` that opens is not yet a KVM that runs an ordinary kernel.
+fn kvm(support: &Support) -> Check {
     const NAME: &str = "kvm";
-    const UNUSED: &str = "this version runs no full guests yet; no guest was tried";
-    let has = |flag: &str| {
-        let mut flags = cpuinfo.lines().filter(|line| line.starts_with("flags"));
-        flags.any(|line| line.split_whitespace().any(|word| word == flag))
-    };
-    match opened {
-        Ok(()) if has("vmx") || has("svm") => Check::good(
-            NAME,
-            format_args!("hardware, by the processor's flags; {UNUSED}"),
-        ),
-        Ok(()) => Check::bad(
+    match support {
+        Support::Hardware => Check::good(NAME, format_args!("hardware: {support}")),
+        Support::Emulated => Check::bad(
             NAME,
             State::Warning,
-            format_args!(
-                "emulated: /dev/kvm opens, the processor has neither vmx nor svm; {UNUSED}"
-            ),
-            "full guests will want a machine with hardware virtualisation",
+            format_args!("emulated: {support}"),
+            "full guests want a machine with hardware virtualisation; services need none",
         ),
-        Err(error) => Check::bad(
+        Support::Absent(_) => Check::bad(
             NAME,
             State::Warning,
-            format_args!("absent: /dev/kvm: {error}; {UNUSED}"),
-            "for full guests, later: `modprobe kvm_intel` or `kvm_amd`, and membership in `kvm`",
+            format_args!("absent: {support}"),
+            "for full guests: `modprobe kvm_intel` or `kvm_amd`, and membership in `kvm`",
         ),
     }
 }
@@ -380,11 +362,10 @@ mod tests {
 
     #[test]
     fn kvm_is_one_of_three() {
-        let found = |opened, cpuinfo| kvm(opened, cpuinfo).found;
-        assert!(found(Ok(()), "flags\t: fpu vmx").starts_with("hardware"));
-        assert!(found(Ok(()), "flags\t: fpu").starts_with("emulated"));
-        let error = io::Error::from(io::ErrorKind::NotFound);
-        assert!(found(Err(error), "").starts_with("absent"));
+        let absent = Support::Absent("opening /dev/kvm: no such file".to_owned());
+        for support in [Support::Hardware, Support::Emulated, absent] {
+            assert!(kvm(&support).found.starts_with(support.word()));
+        }
     }
 
     #[test]

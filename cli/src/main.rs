@@ -8,6 +8,7 @@
 //! * [`serve`], [`config`]: the host's process and its configuration
 //! * [`client`], [`access`]: HTTP to a host, and where its token is found
 //! * [`up`], [`new`], [`project`], [`deploy`]: from source to an answer
+//! * [`machines`], [`console`]: full guests
 //! * [`resources`], [`logs`], [`top`]: looking and changing
 //! * [`backup`]: saving and restoring
 //! * [`doctor`]: what this machine has and lacks
@@ -19,9 +20,11 @@ mod args;
 mod backup;
 mod client;
 mod config;
+mod console;
 mod deploy;
 mod doctor;
 mod logs;
+mod machines;
 mod new;
 mod output;
 mod project;
@@ -62,11 +65,13 @@ impl std::error::Error for UsageError {}
 
 fn main() -> ExitCode {
     let cli = Cli::parse();
-    if let Verb::CompileComponent(_) = cli.verb {
-        return insula_host::engine::compile_child_main();
-    }
-    if let Verb::DataPlane(args) = &cli.verb {
-        return serve::data_plane(&args.log);
+    match &cli.verb {
+        Verb::CompileComponent(_) => return insula_host::engine::compile_child_main(),
+        // Nothing before it starts a thread: it is jailed while there is one.
+        Verb::MachineMonitor(args) => return insula_host::machines::monitor_main(&args.orders),
+        // The same.
+        Verb::DataPlane(args) => return serve::data_plane(&args.log),
+        _ => {}
     }
     match run(cli.verb) {
         Ok(code) => code,
@@ -102,6 +107,8 @@ async fn speak(verb: Verb) -> Result<()> {
         Verb::Tenants(verb) => resources::tenants(verb).await,
         Verb::Services(verb) => resources::services(verb).await,
         Verb::Versions(verb) => resources::versions(verb).await,
+        Verb::Machines(verb) => machines::machines(verb).await,
+        Verb::Images(verb) => machines::images(verb).await,
         Verb::Rollback(args) => resources::rollback(args).await,
         Verb::Traffic(args) => resources::traffic(args).await,
         Verb::Usage(args) => resources::usage(args).await,
@@ -115,7 +122,8 @@ async fn speak(verb: Verb) -> Result<()> {
         | Verb::Restore(_)
         | Verb::Doctor(_)
         | Verb::CompileComponent(_)
-        | Verb::DataPlane(_) => unreachable!("these speak to no host"),
+        | Verb::DataPlane(_)
+        | Verb::MachineMonitor(_) => unreachable!("these speak to no host"),
     }
 }
 

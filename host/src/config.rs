@@ -3,6 +3,7 @@
 use std::net::SocketAddr;
 use std::path::PathBuf;
 
+use crate::control::MachinesConfig;
 use insula_types::quantity::{Bytes, Fuel, Millis};
 use insula_types::spec::RequestLimits;
 
@@ -38,6 +39,8 @@ pub struct HostConfig {
     pub drain: Millis,
     /// What the data process runs.
     pub data_program: DataProgram,
+    /// Machines: their program, their memory.
+    pub machines: MachinesConfig,
 }
 
 /// How URLs begin that lead to a listener.

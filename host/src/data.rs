@@ -338,6 +338,7 @@ impl Desk {
         let (metrics, host_memory) = (&self.metrics, &self.memory);
         let tenant = self.tenants.entry(id).or_insert_with(|| Tenant {
             entry: Arc::new(TenantEntry {
+                owed: Default::default(),
                 id,
                 metrics: metrics.tenant(&name),
                 name,

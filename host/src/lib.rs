@@ -1,6 +1,7 @@
 //! The Insula host: many tenants' services on one machine.
 //!
 //! * [`config`]: what the host runs with
+//! * [`machines`]: full guests, a process each
 //! * [`messages`]: all that crosses between control and data
 //! * [`link`]: how it crosses
 //! * [`process`]: the data plane as a process of its own
@@ -22,6 +23,7 @@ pub mod engine;
 pub mod handover;
 pub mod ingress;
 pub mod link;
+pub mod machines;
 pub mod messages;
 pub mod pool;
 pub mod process;

@@ -157,6 +157,7 @@ impl Host {
                 compatibility: crate::engine::compatibility(),
                 compiler,
                 seal,
+                machines: config.machines,
             },
             directory,
             events,

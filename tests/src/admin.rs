@@ -45,6 +45,14 @@ impl Admin {
             .body(component)
     }
 
+    /// An upload of an image.
+    pub fn image(&self, path: &str, image: impl Into<Vec<u8>>) -> Request {
+        let request = self.request("PUT", path);
+        request
+            .header("content-type", "application/octet-stream")
+            .body(image)
+    }
+
     fn done(what: &str, answer: &Answer) -> Value {
         let status = answer.status;
         assert!(

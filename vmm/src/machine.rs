@@ -14,6 +14,8 @@
 //! run. *Stop* ends vCPU threads, then the console's, then the devices': nobody is left who could
 //! notify them.
 
+mod assembly;
+
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
@@ -22,24 +24,23 @@ use std::thread::JoinHandle;
 use std::time::Instant;
 
 use kvm_bindings::kvm_clock_data;
-use kvm_ioctls::VcpuFd;
 use serde::{Deserialize, Serialize};
 use vm_memory::{GuestMemoryBackend as _, GuestMemoryRegion};
 
+use assembly::{Parts, check, processors, start_devices};
+
 use crate::acpi::{self, AcpiError};
-use crate::boot::{self, BootError, Entry};
+use crate::boot::{self, BootError};
 use crate::config::{Console, MachineConfig, VcpuCount};
-use crate::devices::{
-    ConsoleCounts, Devices, GenerationError, GenerationId, SerialPort, SerialSaved, feed,
-};
+use crate::devices::{ConsoleCounts, Devices, GenerationError, GenerationId};
 use crate::exit::{Ending, ExitReason};
-use crate::kvm::{Hypervisor, KvmError, VirtualMachine, cpuid, failed, msrs};
+use crate::kvm::{Hypervisor, KvmError, VirtualMachine, failed};
 use crate::layout;
 use crate::memory::{self, GuestMemory, MemoryError, MemorySize};
 use crate::snapshot::{self, MachineState, MsrList, Snapshot, VmState};
-use crate::threads::{ThreadKind, Threads};
-use crate::vcpu::{self, ExitCounts, Vcpu, VcpuError};
-use crate::virtio::{InterruptLine, MmioTransport, RestoreError, VirtioDevice, WorkerError};
+use crate::threads::Threads;
+use crate::vcpu::{ExitCounts, Vcpu, VcpuError};
+use crate::virtio::{InterruptLine, RestoreError, VirtioDevice, WorkerError};
 
 /// Why a machine could not be made.
 #[derive(Debug, thiserror::Error)]
@@ -429,118 +430,4 @@ impl Drop for Machine {
     fn drop(&mut self) {
         self.stop();
     }
-}
-
-/// What a machine is put together of, new or saved.
-struct Parts {
-    vm: VirtualMachine,
-    processors: Vec<VcpuFd>,
-    devices: Vec<MmioTransport>,
-    generation: GenerationId,
-    serial: Option<SerialSaved>,
-    clock: Option<kvm_clock_data>,
-}
-
-impl Parts {
-    /// Starts the threads that are left: the console's, and the processors', which are parked.
-    fn together(
-        self,
-        hypervisor: &Hypervisor,
-        console: Console,
-        threads: &Threads,
-    ) -> Result<Machine, BuildError> {
-        let vm = self.vm;
-        let ending = Arc::new(Ending::new().map_err(BuildError::Console)?);
-        let Console { output, input } = console;
-        let line = vm.line(layout::COM1_GSI)?;
-        let serial = SerialPort::new(line, output, self.serial.as_ref());
-        let serial = Arc::new(serial.map_err(BuildError::Console)?);
-        let devices = Arc::new(Devices::new(serial, self.devices));
-        let mut vcpus = Vec::with_capacity(self.processors.len());
-        for (number, fd) in (0..).zip(self.processors) {
-            let (devices, ending) = (Arc::clone(&devices), Arc::clone(&ending));
-            vcpus.push(Vcpu::spawn(number, fd, devices, ending, threads)?);
-        }
-        let mut machine = Machine {
-            phase: Phase::Paused,
-            vcpus,
-            console: None,
-            devices,
-            generation: self.generation,
-            ending,
-            power_button: vm.line(layout::POWER_BUTTON_GSI)?,
-            msrs: Arc::new(MsrList::of(hypervisor)?),
-            clock: self.clock,
-            vm,
-        };
-        if let Some(input) = input {
-            let port = Arc::clone(machine.devices.serial());
-            let console = threads.spawn(ThreadKind::Console, move || feed(&port, &input));
-            machine.console = Some(console.map_err(BuildError::Console)?);
-        }
-        Ok(machine)
-    }
-}
-
-/// New processors, as they are before the first instruction.
-fn processors(
-    hypervisor: &Hypervisor,
-    vm: &VirtualMachine,
-    vcpus: VcpuCount,
-    entry: Entry,
-) -> Result<Vec<VcpuFd>, BuildError> {
-    let topology = cpuid::Topology::new(vcpus);
-    let supported = cpuid::supported(hypervisor)?;
-    let mut processors = Vec::with_capacity(usize::from(vcpus.get()));
-    for number in 0..vcpus.get() {
-        let fd = vm.create_vcpu(number)?;
-        let leaves = cpuid::for_vcpu(&supported, topology, number);
-        fd.set_cpuid2(&leaves.ok_or(BuildError::Cpuid)?)
-            .map_err(failed("KVM_SET_CPUID2"))?;
-        msrs::set_first(&fd)?;
-        // The others wait for the first one's INIT and SIPI.
-        if number == 0 {
-            vcpu::set_registers(&fd, entry)?;
-        }
-        processors.push(fd);
-    }
-    Ok(processors)
-}
-
-fn check(hypervisor: &Hypervisor, vcpus: VcpuCount, devices: usize) -> Result<(), BuildError> {
-    let most = hypervisor.vcpus_max();
-    if usize::from(vcpus.get()) > most {
-        let count = vcpus.get();
-        return Err(BuildError::Vcpus { count, most });
-    }
-    if devices > layout::VIRTIO_DEVICES_MAX {
-        return Err(BuildError::Devices { count: devices });
-    }
-    Ok(())
-}
-
-/// Gives each device its slot, its line, and its notifications.
-fn start_devices(
-    vm: &VirtualMachine,
-    devices: Vec<Box<dyn VirtioDevice>>,
-    threads: &Threads,
-) -> Result<Vec<MmioTransport>, BuildError> {
-    let count = devices.len();
-    let mut started = Vec::with_capacity(count);
-    for (slot, device) in devices.into_iter().enumerate() {
-        let name = device.kind().name();
-        let place = layout::virtio_slot(slot);
-        let (base, gsi) = place.ok_or(BuildError::Devices { count })?;
-        let line = vm.line(gsi)?;
-        let transport = MmioTransport::new(device, vm.memory().clone(), line, threads);
-        let transport = transport.map_err(|source| BuildError::Device {
-            device: name,
-            source,
-        })?;
-        for (queue, notification) in (0_u32..).zip(transport.notifications()) {
-            vm.catch_writes(notification, MmioTransport::notify_address(base), queue);
-        }
-        started.push(transport);
-    }
-    Ok(started)
 }

@@ -29,9 +29,10 @@ pub(crate) fn run(repository: &Repository, verb: &str, arguments: &[String]) -> 
             VERBS.join(", ")
         ),
     };
-    let mut build = cargo(&repository.root);
-    build.args(["build", "--release"]);
-    checked(build.args(["-p", "insula", "-p", "insula-bench"]))?;
+    for (profile, package) in [("dist", "insula"), ("release", "insula-bench")] {
+        let mut build = cargo(&repository.root);
+        checked(build.args(["build", "--profile", profile, "-p", package]))?;
+    }
     guests::build(repository)?;
     let mut failed = Vec::new();
     for verb in verbs {

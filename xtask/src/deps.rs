@@ -58,7 +58,12 @@ const FENCED: [Fenced; 4] = [
     },
     Fenced {
         roots: &["hyper", "hyper_util"],
-        homes: &["host/src/ingress", "host/src/control", "cli/src/client.rs"],
+        homes: &[
+            "host/src/ingress",
+            "host/src/control",
+            "cli/src/client.rs",
+            "cli/src/client",
+        ],
     },
     Fenced {
         roots: &["rusqlite"],

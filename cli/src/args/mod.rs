@@ -1,5 +1,6 @@
 //! What can be typed.
 
+mod machines;
 mod resources;
 mod work;
 
@@ -9,6 +10,9 @@ use std::str::FromStr;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use insula_types::{ServiceName, TenantName};
 
+pub(crate) use machines::{
+    ImagesVerb, MachinePatch, MachineRef, MachinesVerb, MonitorArgs, OneMachine,
+};
 pub(crate) use resources::{
     LogsArgs, RollbackArgs, ServicesVerb, TenantsVerb, TokensVerb, TopArgs, TrafficArgs, UsageArgs,
     VersionsVerb,
@@ -52,6 +56,12 @@ pub(crate) enum Verb {
     /// Look at the versions of a service
     #[command(subcommand, visible_alias = "version")]
     Versions(VersionsVerb),
+    /// Full guests under KVM
+    #[command(subcommand, visible_alias = "machine")]
+    Machines(MachinesVerb),
+    /// Kernels, initial ramdisks and disks of machines
+    #[command(subcommand, visible_alias = "image")]
+    Images(ImagesVerb),
     /// Go back to the version that served before
     Rollback(RollbackArgs),
     /// Say which version serves which share of the requests
@@ -77,6 +87,9 @@ pub(crate) enum Verb {
     /// Serve requests; the host runs this as a child
     #[command(hide = true)]
     DataPlane(DataPlaneArgs),
+    /// Run one machine; the host starts this for each
+    #[command(hide = true)]
+    MachineMonitor(MonitorArgs),
 }
 
 /// How to reach a host.

@@ -72,6 +72,17 @@ pub(crate) struct ServeArgs {
     /// The largest request body of any service [default: 1GiB]
     #[arg(long, env = "INSULA_MAX_REQUEST_BODY", value_name = "BYTES")]
     pub(crate) max_request_body: Option<String>,
+    /// Of this machine's memory, what running machines may be promised together, in percent; more
+    /// than 100 promises what is not there [default: 80]
+    #[arg(long, env = "INSULA_MACHINE_MEMORY_PERCENT", value_name = "PERCENT")]
+    pub(crate) machine_memory_percent: Option<String>,
+    /// Start machines also where KVM emulates every instruction: nothing but tests runs there
+    #[arg(
+        long,
+        env = "INSULA_MACHINES_ON_EMULATION",
+        value_parser = FalseyValueParser::new()
+    )]
+    pub(crate) machines_on_emulation: bool,
     /// What to log on stderr: error, warn, info, debug, trace, or a filter [default: info]
     #[arg(long, env = "INSULA_LOG", value_name = "LEVEL")]
     pub(crate) log: Option<String>,

@@ -156,7 +156,7 @@ pub(crate) async fn tokens(verb: TokensVerb) -> Result<()> {
     }
 }
 
-async fn list(look: &Look, path: &str, fields: &[Field]) -> Result<()> {
+pub(crate) async fn list(look: &Look, path: &str, fields: &[Field]) -> Result<()> {
     let client = Client::new(&look.connection)?;
     let answer = all(&client, path).await?;
     output::list(look.output, fields, &answer)
@@ -182,7 +182,7 @@ pub(crate) async fn all(client: &Client, path: &str) -> Result<Value> {
     Ok(answer)
 }
 
-async fn show(look: &Look, path: &str, fields: &[Field]) -> Result<()> {
+pub(crate) async fn show(look: &Look, path: &str, fields: &[Field]) -> Result<()> {
     let client = Client::new(&look.connection)?;
     let answer = client.get(path).await?.json()?;
     output::object(look.output, fields, &answer)
@@ -190,7 +190,7 @@ async fn show(look: &Look, path: &str, fields: &[Field]) -> Result<()> {
 
 /// Reads what is there, applies the change, writes it back unless somebody else was faster. A
 /// document that was read can be written: the host passes over the fields that it added.
-async fn put(
+pub(crate) async fn put(
     look: &Look,
     path: &str,
     fields: &[Field],

@@ -8,6 +8,7 @@ use serde_json::Value;
 use super::Control;
 use super::documents::without_secrets;
 use super::problem::Problem;
+use crate::state::machines::{Image, Machine};
 use crate::state::{Audit, Remembered, Service, Store, StoreError, Tenant, Timestamp};
 
 /// Who makes a change.
@@ -81,6 +82,28 @@ impl Actor {
         let owner = (service.tenant, service.tenant_name.clone());
         let subject = format!("{}/{}", service.tenant_name, service.name);
         self.did(Some(owner), subject, before, after)
+    }
+
+    /// Changed a machine.
+    pub(crate) fn machine(
+        &self,
+        machine: &Machine,
+        before: Option<Value>,
+        after: Option<Value>,
+    ) -> Audit {
+        let owner = (machine.tenant, machine.tenant_name.clone());
+        let subject = format!("machine {}/{}", machine.tenant_name, machine.name);
+        self.did(Some(owner), subject, before, after)
+    }
+
+    /// Changed an image.
+    pub(crate) fn image(
+        &self,
+        image: &Image,
+        before: Option<Value>,
+        after: Option<Value>,
+    ) -> Audit {
+        self.did(None, format!("image {}", image.name), before, after)
     }
 
     /// Changed a token.

@@ -1,9 +1,12 @@
 //! Records as the API shows them: the canonical spec, flat, and what only the host knows.
 
 use insula_types::{Outcome, VersionNumber};
+use insula_vmm::life::{MonitorPid, State};
 use serde_json::{Map, Value, json};
 
 use super::Control;
+use crate::machines::book::Entry;
+use crate::state::machines::{Image, Machine, MachineTotals};
 use crate::state::{Access, AddedVersion, Scope, Service, Tenant, Token, UsageTotals, Version};
 
 /// Fields of a tenant that the host adds; a document that was read may be put with them.
@@ -17,6 +20,18 @@ pub(super) const SERVICE_READ_ONLY: &[&str] = &[
     "active_version",
     "previous_version",
     "traffic",
+];
+
+/// Fields of a machine that the host adds.
+pub(super) const MACHINE_READ_ONLY: &[&str] = &[
+    "tenant",
+    "generation",
+    "created_at",
+    "state",
+    "reason",
+    "monitor_pid",
+    "digests",
+    "used",
 ];
 
 fn with_spec(head: Value, spec: &impl serde::Serialize, tail: Value) -> Value {
@@ -56,6 +71,73 @@ pub(super) fn service_record(service: &Service) -> Value {
             "created_at": service.created,
         }),
     )
+}
+
+/// A machine, with what it does now.
+pub(super) fn machine(machine: &Machine, entry: Option<&Entry>) -> Value {
+    let mut document = machine_record(machine);
+    let state = entry.map_or_else(|| machine.life.clone(), Entry::state);
+    document["state"] = state.word().into();
+    document["monitor_pid"] = json!(state.monitor().map(MonitorPid::get));
+    if let State::Failed { failure } = &state {
+        document["reason"] = failure.to_string().into();
+    }
+    if let Some(entry) = entry {
+        let used = entry.used();
+        document["used"] = json!({
+            "cpu_seconds": used.cpu.as_secs_f64(),
+            "cpu_wait_seconds": used.waited.as_secs_f64(),
+            "cpu_throttled_seconds": used.throttled.as_secs_f64(),
+            "disk_read_bytes": used.disk_read_bytes,
+            "disk_written_bytes": used.disk_written_bytes,
+            "resident_bytes": entry.last().map(|last| last.times.resident_bytes),
+            "stored_bytes": entry.last().map(|last| last.stored_bytes),
+        });
+    }
+    document
+}
+
+/// A machine without what only the host as it runs now knows.
+pub(super) fn machine_record(machine: &Machine) -> Value {
+    with_spec(
+        json!({"name": machine.name, "tenant": machine.tenant_name}),
+        &machine.spec,
+        json!({
+            "digests": {
+                "kernel": machine.images.kernel,
+                "initrd": machine.images.initrd,
+                "disks": machine.images.disks,
+            },
+            "generation": machine.generation,
+            "created_at": machine.created,
+        }),
+    )
+}
+
+pub(super) fn image(image: &Image) -> Value {
+    json!({
+        "name": image.name,
+        "digest": image.digest,
+        "size_bytes": image.size_bytes,
+        "generation": image.generation,
+        "created_at": image.created,
+    })
+}
+
+/// What a tenant's machines used.
+pub(super) fn machine_usage(totals: &MachineTotals) -> Value {
+    let seconds = |ns: u64| std::time::Duration::from_nanos(ns).as_secs_f64();
+    json!({
+        "cpu_seconds": seconds(totals.cpu_ns),
+        "cpu_wait_seconds": seconds(totals.wait_ns),
+        "cpu_throttled_seconds": seconds(totals.throttled_ns),
+        // Whole byte-seconds.
+        "memory_byte_seconds": u128::from(totals.memory_kib_ms) * 1_024 / 1_000,
+        "disk_read_bytes": totals.disk_read_bytes,
+        "disk_written_bytes": totals.disk_written_bytes,
+        "net_received_bytes": totals.net_received_bytes,
+        "net_sent_bytes": totals.net_sent_bytes,
+    })
 }
 
 /// What stands in the audit log for the value of a variable.

@@ -3,9 +3,11 @@
 
 use std::cell::Cell;
 
-use insula_types::{ServiceName, TenantId, TenantName, VersionNumber};
+use insula_types::{MachineName, ServiceName, TenantId, TenantName, VersionNumber};
+use insula_vmm::life::State;
 use tokio::sync::broadcast;
 
+use crate::machines::book::Entry;
 use crate::state::{Scope, Service, Tenant, Timestamp};
 
 /// Events that wait for the slowest reader, at most.
@@ -20,6 +22,7 @@ pub(crate) struct Event {
     /// `None` for what concerns the host only.
     pub(crate) tenant: Option<(TenantId, TenantName)>,
     pub(crate) service: Option<ServiceName>,
+    pub(crate) machine: Option<MachineName>,
     pub(crate) version: Option<VersionNumber>,
     /// Why, where it was the host that did it.
     pub(crate) reason: Option<String>,
@@ -43,6 +46,9 @@ impl Event {
         }
         if let Some(service) = &self.service {
             data["service"] = service.as_str().into();
+        }
+        if let Some(machine) = &self.machine {
+            data["machine"] = machine.as_str().into();
         }
         if let Some(version) = self.version {
             data["version"] = version.get().into();
@@ -97,6 +103,7 @@ impl Events {
             kind,
             tenant: None,
             service: None,
+            machine: None,
             version: None,
             reason,
         });
@@ -111,8 +118,28 @@ impl Events {
             kind,
             tenant,
             service: None,
+            machine: None,
             version: None,
             reason: None,
+        });
+    }
+
+    /// A machine is in another state.
+    pub(crate) fn machine(&self, entry: &Entry) {
+        let state = entry.state();
+        let reason = match &state {
+            State::Failed { failure } => Some(failure.to_string()),
+            _ => None,
+        };
+        self.send(Event {
+            id: 0,
+            time: Timestamp::now(),
+            kind: kind_of(&state),
+            tenant: Some((entry.tenant, entry.tenant_name.clone())),
+            service: None,
+            machine: Some(entry.name.clone()),
+            version: None,
+            reason,
         });
     }
 
@@ -149,8 +176,23 @@ impl Events {
             kind,
             tenant: Some((service.tenant, service.tenant_name.clone())),
             service: Some(service.name.clone()),
+            machine: None,
             version,
             reason,
         });
+    }
+}
+
+/// `machine.running` and the like.
+fn kind_of(state: &State) -> &'static str {
+    match state {
+        State::Defined => "machine.defined",
+        State::Starting { .. } => "machine.starting",
+        State::Running { .. } => "machine.running",
+        State::Paused { .. } => "machine.paused",
+        State::Stopping { .. } => "machine.stopping",
+        State::Stopped { .. } => "machine.stopped",
+        State::Failed { .. } => "machine.failed",
+        State::Deleting => "machine.deleted",
     }
 }

@@ -10,7 +10,8 @@ use http::header::{CONTENT_TYPE, ETAG, HeaderName, HeaderValue};
 use http::{HeaderMap, Method, Response, StatusCode};
 use http_body_util::{BodyExt, Full, StreamBody};
 use hyper::body::{Frame, Incoming};
-use insula_types::{ServiceName, TenantName};
+use hyper::upgrade::OnUpgrade;
+use insula_types::{ImageName, MachineName, ServiceName, TenantName};
 use serde_json::{Map, Value};
 
 use super::auth::Caller;
@@ -77,6 +78,13 @@ impl Reply {
         Self(response)
     }
 
+    /// The connection is the handler's from here on.
+    pub(crate) fn switching_protocols() -> Self {
+        let mut response = Response::new(full(Bytes::new()));
+        *response.status_mut() = StatusCode::SWITCHING_PROTOCOLS;
+        Self(response)
+    }
+
     pub(crate) fn stream(
         content_type: &'static str,
         chunks: impl Stream<Item = Bytes> + 'static,
@@ -112,6 +120,8 @@ impl Reply {
 pub(crate) struct Params {
     pub(crate) tenant: Option<TenantName>,
     pub(crate) service: Option<ServiceName>,
+    pub(crate) machine: Option<MachineName>,
+    pub(crate) image: Option<ImageName>,
     pub(crate) id: Option<u64>,
 }
 
@@ -128,6 +138,8 @@ pub(crate) struct Call {
     pub(crate) params: Params,
     pub(crate) headers: HeaderMap,
     pub(crate) body: Incoming,
+    /// The connection itself, where the client offers it for another protocol.
+    pub(crate) upgrade: Option<OnUpgrade>,
 }
 
 impl Call {
@@ -145,6 +157,18 @@ impl Call {
             .service
             .clone()
             .ok_or_else(|| Problem::not_found("service"))
+    }
+
+    /// The machine of the path.
+    pub(crate) fn machine(&self) -> Result<MachineName, Problem> {
+        let machine = self.params.machine.clone();
+        machine.ok_or_else(|| Problem::not_found("machine"))
+    }
+
+    /// The image of the path.
+    pub(crate) fn image(&self) -> Result<ImageName, Problem> {
+        let image = self.params.image.clone();
+        image.ok_or_else(|| Problem::not_found("image"))
     }
 
     /// Who calls. The router has authenticated all but the public routes.

@@ -9,6 +9,7 @@ use std::collections::HashMap;
 use insula_types::{ServiceId, TenantId};
 
 use crate::messages::UsageDelta;
+use crate::state::machines::MachineTotals;
 use crate::state::{StoredUsage, UsageTotals};
 
 /// Sums of one tenant.
@@ -41,6 +42,8 @@ pub(crate) type Pending = HashMap<(TenantId, ServiceId), UsageTotals>;
 pub(crate) struct Ledger {
     tenants: HashMap<TenantId, TenantUsage>,
     pending: Pending,
+    machines: HashMap<TenantId, MachineTotals>,
+    pending_machines: HashMap<TenantId, MachineTotals>,
 }
 
 impl Ledger {
@@ -83,6 +86,8 @@ impl Ledger {
     pub(crate) fn remove_tenant(&mut self, tenant: TenantId) {
         self.tenants.remove(&tenant);
         self.pending.retain(|(of, _), _| *of != tenant);
+        self.machines.remove(&tenant);
+        self.pending_machines.remove(&tenant);
     }
 
     pub(crate) fn absorb(&mut self, deltas: &[UsageDelta]) {
@@ -102,6 +107,36 @@ impl Ledger {
                 .entry((delta.tenant, delta.service))
                 .or_default()
                 .add(&part);
+        }
+    }
+
+    /// Takes what tenants' machines used before the start.
+    pub(crate) fn load_machines(&mut self, stored: Vec<(TenantId, MachineTotals)>) {
+        for (tenant, totals) in stored {
+            self.machines.entry(tenant).or_default().add(&totals);
+        }
+    }
+
+    /// A tenant's machine used something.
+    pub(crate) fn absorb_machine(&mut self, tenant: TenantId, part: &MachineTotals) {
+        self.machines.entry(tenant).or_default().add(part);
+        self.pending_machines.entry(tenant).or_default().add(part);
+    }
+
+    /// All machines of a tenant, deleted ones too.
+    pub(crate) fn machines(&self, tenant: TenantId) -> MachineTotals {
+        self.machines.get(&tenant).copied().unwrap_or_default()
+    }
+
+    /// Takes what is to be stored of machines.
+    pub(crate) fn take_pending_machines(&mut self) -> HashMap<TenantId, MachineTotals> {
+        std::mem::take(&mut self.pending_machines)
+    }
+
+    /// Puts back what could not be stored.
+    pub(crate) fn put_back_machines(&mut self, pending: &HashMap<TenantId, MachineTotals>) {
+        for (tenant, part) in pending {
+            self.pending_machines.entry(*tenant).or_default().add(part);
         }
     }
 

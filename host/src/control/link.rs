@@ -130,7 +130,8 @@ impl DataLink {
         }
     }
 
-    fn is(&self, life: Life) -> bool {
+    /// Whether this one still lives.
+    pub(crate) fn is(&self, life: Life) -> bool {
         life.0 == self.life.get() && *self.standing.borrow() != Standing::Down
     }
 

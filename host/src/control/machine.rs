@@ -1,14 +1,10 @@
 //! The machine that is being divided, as far as this process may use it.
 
-use std::path::Path;
-
-/// Memory and virtualisation of this machine; read once, at the start.
+/// Memory of this machine; read once, at the start.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Machine {
     /// The RAM, or the memory limit of the cgroup where that is less. 0 where unknown.
     pub(crate) memory_bytes: u64,
-    /// Whether full guests could run: `hardware` or `absent`.
-    pub(crate) kvm: &'static str,
 }
 
 impl Machine {
@@ -24,17 +20,11 @@ impl Machine {
             group.trim_end_matches('/')
         ));
         let total = mem_total(&read("/proc/meminfo")).unwrap_or(0);
-        let kvm = if Path::new("/dev/kvm").exists() {
-            "hardware"
-        } else {
-            "absent"
-        };
         Self {
             memory_bytes: limit
                 .trim()
                 .parse()
                 .map_or(total, |limit: u64| limit.min(total)),
-            kvm,
         }
     }
 }

@@ -40,12 +40,14 @@ mod compile;
 mod deploy;
 mod documents;
 mod events;
+mod exposition;
 mod http_types;
 mod idempotency;
 mod ledger;
 mod link;
 mod logs;
 pub(crate) mod machine;
+pub(crate) mod machines;
 mod openapi;
 mod problem;
 mod pump;
@@ -59,6 +61,7 @@ mod trials;
 
 pub use auth::AdminTokenError;
 pub use compile::{Compiler, Seal};
+pub use machines::{AtEnd, MachinesConfig};
 pub(crate) use start::Steps;
 pub use start::{ControlConfig, ControlPlane, StartError, listen, start};
 
@@ -92,6 +95,7 @@ pub(crate) struct Control {
     pub(crate) started: Timestamp,
     started_at: tokio::time::Instant,
     pub(crate) machine: machine::Machine,
+    pub(crate) machines: machines::Room,
     /// Until another host has taken over.
     store: RefCell<Option<Rc<StoreWorker>>>,
     pub(crate) files: Worker<Blobs>,
@@ -208,7 +212,7 @@ impl Control {
 
     /// Removes a component that was placed for nothing. The mutation lock is held.
     pub(crate) async fn remove_unreferenced(&self, digest: Digest) {
-        if let Ok(digests) = self.store(|store| store.digests()).await
+        if let Ok(digests) = self.digests().await
             && !digests.contains(&digest)
         {
             self.remove_files(vec![digest]).await;
@@ -217,6 +221,15 @@ impl Control {
 
     /// Adds what was counted to the stored sums.
     pub(crate) async fn checkpoint(&self) -> Result<(), Problem> {
+        let machines = self.ledger.borrow_mut().take_pending_machines();
+        if !machines.is_empty() {
+            let parts: Vec<_> = machines.iter().map(|(t, sum)| (*t, *sum)).collect();
+            let stored = self.store(move |store| store.add_machine_usage(&parts));
+            if let Err(problem) = stored.await {
+                self.ledger.borrow_mut().put_back_machines(&machines);
+                return Err(problem);
+            }
+        }
         let pending = self.ledger.borrow_mut().take_pending();
         if pending.is_empty() {
             return Ok(());
@@ -229,7 +242,7 @@ impl Control {
         stored
     }
 
-    /// All digests that versions have.
+    /// All digests that versions, images and machines have.
     async fn digests(&self) -> Result<HashSet<Digest>, Problem> {
         self.store(|store| store.digests()).await
     }

@@ -86,6 +86,13 @@ fn parameters() -> Value {
     json!({
         "tenant": name("tenant"),
         "service": name("service"),
+        "machine": name("machine"),
+        "image": {"name": "image", "in": "path", "required": true,
+            "schema": reference("ImageName"), "description": "The image's name"},
+        "force": query("force", json!({"type": "boolean", "default": false}),
+            "Whether a guest that runs is ended without being asked"),
+        "timeout_seconds": query("timeout_seconds", json!({"type": "integer", "minimum": 0, "maximum": 600}),
+            "How long a guest has for shutting down; 30 where nothing is said"),
         "id": {"name": "id", "in": "path", "required": true, "schema": {"type": "integer"},
             "description": "The token's id"},
         "limit": query("limit", json!({"type": "integer", "minimum": 1, "maximum": PAGE_MAX}),
@@ -142,6 +149,10 @@ fn operation(route: &Route) -> Value {
             operation["requestBody"] = json!({"required": true,
                 "content": {"application/json": {"schema": reference(schema)}}});
         }
+        Takes::Bytes => {
+            operation["requestBody"] = json!({"required": true,
+                "content": {"application/octet-stream": {"schema": {}}}});
+        }
         Takes::Wasm => {
             operation["requestBody"] = json!({"required": true,
                 "content": {"application/wasm": {"schema": {}}}});
@@ -183,6 +194,7 @@ fn responses(route: &Route) -> Value {
             "200": answer("Replaced, or as it was", reference(schema)),
             "201": answer("Created", reference(schema)),
         }),
+        Gives::Upgrade => json!({"101": {"description": "The connection is another protocol's"}}),
         Gives::Media(media) => {
             json!({"200": {"description": "Done", "content": {media: {"schema": {"type": "string"}}}}})
         }

@@ -1,7 +1,7 @@
 //! Making data serve what is intended: at the start, and when data was started again.
 //!
 //! 1. Stored usage becomes the ledger's beginning.
-//! 2. Files that nothing refers to are removed.
+//! 2. Files that nothing refers to are removed; machines that run are found.
 //! 3. Every tenant and service is sent to data, with its artefact.
 //! 4. A service whose artefact is missing (another engine or CPU) or refused (damaged) is sent
 //!    without a version; its component is compiled again in the background, and sent again.
@@ -27,6 +27,8 @@ use crate::state::{Page, Service, Tenant};
 pub(super) async fn reconcile(control: &Rc<Control>) -> Result<(), Problem> {
     let stored = control.store(|store| store.usage()).await?;
     control.ledger.borrow_mut().load(stored);
+    let stored = control.store(|store| store.machine_usage()).await?;
+    control.ledger.borrow_mut().load_machines(stored);
     let referenced = control.digests().await?;
     let removed = control
         .files
@@ -35,6 +37,7 @@ pub(super) async fn reconcile(control: &Rc<Control>) -> Result<(), Problem> {
     if removed > 0 {
         tracing::info!(removed, "removed files that nothing refers to");
     }
+    super::machines::find(control).await?;
     loop {
         let life = control.link.alive().await;
         match tell(control, life).await {
@@ -51,8 +54,8 @@ pub(super) fn tell_again(control: &Rc<Control>) {
     control.spawn(async move {
         let life = background.link.alive().await;
         while let Err(problem) = tell(&background, life).await {
-            if problem.code() == Code::DataUnavailable {
-                // Another life: another task does this for it.
+            if !background.link.is(life) {
+                // Another task does this for the next one.
                 return;
             }
             tracing::error!(problem = problem.detail(), "cannot tell data what to serve");

@@ -7,7 +7,9 @@ use std::rc::Rc;
 use http::Method;
 
 use super::Control;
-use super::api::{audit, backup, host, services, streams, tenants, tokens, usage, versions};
+use super::api::{
+    audit, backup, host, images, machines, services, streams, tenants, tokens, usage, versions,
+};
 use super::auth::Need;
 use super::http_types::{Call, Params};
 use super::problem::{Answer, Code, Problem};
@@ -24,6 +26,8 @@ pub(super) enum Takes {
     Json(&'static str),
     /// A component.
     Wasm,
+    /// Any bytes.
+    Bytes,
 }
 
 /// What a route gives when it succeeds.
@@ -41,6 +45,8 @@ pub(super) enum Gives {
     Put(&'static str),
     /// 200 with another media type.
     Media(&'static str),
+    /// 101, and from then on another protocol.
+    Upgrade,
 }
 
 /// One operation.
@@ -77,7 +83,7 @@ macro_rules! routes {
 }
 
 use Gives::{Created, Json, List, Media, Put};
-use Takes::{Json as Body, Nothing, Wasm};
+use Takes::{Bytes, Json as Body, Nothing, Wasm};
 
 /// Everything that the admin API answers.
 pub(super) static ROUTES: &[Route] = routes! {
@@ -128,6 +134,48 @@ pub(super) static ROUTES: &[Route] = routes! {
         "getLogs" = streams::logs,
         "The last lines of a service's log, and with follow those to come", ["follow", "tail"],
         Nothing => Media("application/x-ndjson");
+    GET "/v1/tenants/{tenant}/machines" Need::Tenant(Read), "listMachines" = machines::index,
+        "A tenant's machines by name", ["limit", "continue"], Nothing => List("Machine");
+    GET "/v1/tenants/{tenant}/machines/{machine}" Need::Tenant(Read), "getMachine" = machines::get,
+        "A machine", [], Nothing => Json("Machine");
+    PUT "/v1/tenants/{tenant}/machines/{machine}" Need::Tenant(Write),
+        "putMachine" = machines::put,
+        "Define a machine, or replace its spec from its next start on", [],
+        Body("MachineSpec") => Put("Machine");
+    DELETE "/v1/tenants/{tenant}/machines/{machine}" Need::Tenant(Write),
+        "deleteMachine" = machines::delete,
+        "Delete a machine and what its guest wrote; with force also one that runs", ["force"],
+        Nothing => Gives::Nothing;
+    POST "/v1/tenants/{tenant}/machines/{machine}/start" Need::Tenant(Write),
+        "startMachine" = machines::start,
+        "Boot a machine; answers when its guest runs", [], Nothing => Json("Machine");
+    POST "/v1/tenants/{tenant}/machines/{machine}/stop" Need::Tenant(Write),
+        "stopMachine" = machines::stop,
+        "Press the power button and, after a time or at once with force, end the machine",
+        ["force", "timeout_seconds"], Nothing => Json("Machine");
+    POST "/v1/tenants/{tenant}/machines/{machine}/pause" Need::Tenant(Write),
+        "pauseMachine" = machines::pause,
+        "Stop a machine between two instructions", [], Nothing => Json("Machine");
+    POST "/v1/tenants/{tenant}/machines/{machine}/resume" Need::Tenant(Write),
+        "resumeMachine" = machines::resume,
+        "Let a paused machine go on", [], Nothing => Json("Machine");
+    POST "/v1/tenants/{tenant}/machines/{machine}/reset" Need::Tenant(Write),
+        "resetMachine" = machines::reset,
+        "Press the reset button", [], Nothing => Json("Machine");
+    GET "/v1/tenants/{tenant}/machines/{machine}/console" Need::Tenant(Write),
+        "getConsole" = machines::console,
+        "The machine's console, both ways, by an upgrade to insula-console", [],
+        Nothing => Gives::Upgrade;
+    GET "/v1/images" Need::Any(Read), "listImages" = images::index,
+        "Kernels, initial ramdisks and disks, by name", ["limit", "continue"],
+        Nothing => List("Image");
+    GET "/v1/images/{image}" Need::Any(Read), "getImage" = images::get,
+        "An image", [], Nothing => Json("Image");
+    PUT "/v1/images/{image}" Need::Host(Write), "putImage" = images::put,
+        "Upload an image", [], Bytes => Put("Image");
+    DELETE "/v1/images/{image}" Need::Host(Write), "deleteImage" = images::delete,
+        "Delete an image; machines that were made with it keep its content", [],
+        Nothing => Gives::Nothing;
     GET "/v1/tokens" Need::Any(Read), "listTokens" = tokens::index,
         "Tokens, without their secrets", ["limit", "continue"], Nothing => List("Token");
     POST "/v1/tokens" Need::Any(Write), "createToken" = tokens::create,
@@ -212,6 +260,10 @@ fn params(segments: &[(&'static str, &str)], method: &Method) -> Result<Params, 
             "service" => {
                 params.service = Some(text.parse().map_err(|error| bad("service", error))?);
             }
+            "machine" => {
+                params.machine = Some(text.parse().map_err(|error| bad("machine", error))?);
+            }
+            "image" => params.image = Some(text.parse().map_err(|error| bad("image", error))?),
             _ => params.id = Some(text.parse().map_err(|_| Problem::not_found("token"))?),
         }
     }

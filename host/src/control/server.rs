@@ -13,6 +13,7 @@ use http::{Method, Request, Response};
 use hyper::body::Incoming;
 use hyper::server::conn::http1;
 use hyper::service::service_fn;
+use hyper::upgrade::OnUpgrade;
 use hyper_util::rt::{TokioIo, TokioTimer};
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::{TcpListener, TcpStream};
@@ -107,7 +108,7 @@ async fn welcome(control: Rc<Control>, stream: TcpStream, peer: SocketAddr) {
 
 async fn connection<S>(control: Rc<Control>, stream: S, peer: SocketAddr)
 where
-    S: AsyncRead + AsyncWrite + Unpin + 'static,
+    S: AsyncRead + AsyncWrite + Send + Unpin + 'static,
 {
     let mut stopping = control.stopping.subscribe();
     let service = service_fn(move |request| {
@@ -121,6 +122,7 @@ where
             .max_headers(HEADERS_MAX)
             .max_buf_size(HEAD_MAX_BYTES)
             .serve_connection(TokioIo::new(stream), service)
+            .with_upgrades()
     );
     let result = tokio::select! {
         result = &mut serving => result,
@@ -156,7 +158,7 @@ async fn respond(
 }
 
 async fn dispatch(control: Rc<Control>, request: Request<Incoming>, peer: SocketAddr) -> Answer {
-    let (head, body) = request.into_parts();
+    let (mut head, body) = request.into_parts();
     auth::check_origin(&head.headers)?;
     let found = router::find(&head.method, head.uri.path());
     let public = matches!(&found, Ok(found) if found.route.need == Need::Public);
@@ -181,6 +183,7 @@ async fn dispatch(control: Rc<Control>, request: Request<Incoming>, peer: Socket
         path: head.uri.path().to_owned(),
         query,
         params: found.params,
+        upgrade: head.extensions.remove::<OnUpgrade>(),
         headers: head.headers,
         body,
     };

@@ -15,6 +15,7 @@ use super::auth::{self, AdminTokenError};
 use super::compile::{Compiler, Compilers, Seal};
 use super::link::DataLink;
 use super::machine::Machine;
+use super::machines::{self, MachinesConfig, Told};
 use super::{Control, Readiness, STREAMS_MAX, pump, reconcile, server};
 use crate::config::UrlScheme;
 use crate::messages::{AtRest, DataEvent, UsageDelta};
@@ -49,6 +50,8 @@ pub struct ControlConfig {
     pub compiler: Compiler,
     /// How to seal what was compiled.
     pub seal: Seal,
+    /// What the operator decided about machines.
+    pub machines: MachinesConfig,
 }
 
 impl ControlConfig {
@@ -279,8 +282,10 @@ async fn run(
     started: &Started,
     stopped: oneshot::Receiver<Stop>,
 ) -> Result<(), StartError> {
-    let (control, listener) = open(config, &data, listener)?;
+    let (control, listener, told) = open(config, &data, listener)?;
     let mut background = JoinSet::new();
+    background.spawn_local(machines::pump(Rc::clone(&control), told));
+    background.spawn_local(machines::share(Rc::clone(&control)));
     background.spawn_local(pump::pump(Rc::clone(&control), events));
     let reconciled = reconcile::reconcile(&control).await;
     reconciled.map_err(|problem| StartError::Reconcile(problem.detail().to_owned()))?;
@@ -292,6 +297,7 @@ async fn run(
     let Stop { drain, handover } = server::serve(Rc::clone(&control), listener, stopped).await;
     control.readiness.set(Readiness::Stopping);
     control.compilers.stop();
+    control.leave_machines().await;
     control.finish_tasks().await;
     match handover {
         None => {
@@ -352,7 +358,7 @@ fn open(
     config: ControlConfig,
     data: &DataDir,
     listener: std::net::TcpListener,
-) -> Result<(Rc<Control>, TcpListener), StartError> {
+) -> Result<(Rc<Control>, TcpListener, Told), StartError> {
     let health = Health::default();
     let mut store: Box<dyn Store> = Box::new(SqliteStore::open(data, health.clone())?);
     let files = Blobs::open(data, &config.compatibility, health.clone())?;
@@ -362,7 +368,9 @@ fn open(
     exposed(admin, config.certificate.as_ref())?;
     listener.set_nonblocking(true)?;
     let listener = TcpListener::from_std(listener)?;
+    let (machines, told) = machines::Room::open(data, config.machines.clone())?;
     let control = Control {
+        machines,
         compilers: Rc::new(Compilers::start(&config.compiler, &config.seal)?),
         config,
         admin,
@@ -387,5 +395,5 @@ fn open(
         backup_runs: Default::default(),
         tasks: Default::default(),
     };
-    Ok((Rc::new(control), listener))
+    Ok((Rc::new(control), listener, told))
 }

@@ -24,6 +24,7 @@ use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
 use tokio::sync::watch;
 
+use super::billing::Billed;
 use super::guarded_io::{ConnectionHandle, Ended, GuardedIo, Timeouts};
 use super::handle::{Origin, Transport, handle};
 use super::routes::RouteTable;
@@ -280,8 +281,8 @@ impl Ingress {
     ) {
         let ingress = Arc::clone(self);
         let phase = phase.clone();
-        // Ends with its runtime at the latest; counted by its place.
-        tokio::task::spawn_local(async move {
+        let pool = Arc::clone(&self.pool);
+        let serving = Box::pin(async move {
             match ingress.certificate.clone() {
                 None => ingress.serve(stream, origin, phase).await,
                 // Apart, since it is larger and others need not keep room for it.
@@ -291,6 +292,8 @@ impl Ingress {
             }
             drop(place);
         });
+        // Ends with its runtime at the latest; counted by its place.
+        tokio::task::spawn_local(Billed::connection(pool, serving));
     }
 
     async fn serve_tls(
@@ -338,7 +341,7 @@ impl Ingress {
                 Ok::<_, std::convert::Infallible>(response.map(|body| body.during(in_progress)))
             }
         });
-        let builder = protocol();
+        let builder = protocol(SameThread(Arc::clone(&self.pool)));
         let mut serving = std::pin::pin!(builder.serve_connection(TokioIo::new(io), service));
         let result = tokio::select! {
             result = serving.as_mut() => result,
@@ -389,20 +392,21 @@ impl Ingress {
 }
 
 /// Runs what hyper spawns (HTTP/2 streams) on the worker's own thread.
-#[derive(Clone, Copy)]
-struct SameThread;
+#[derive(Clone)]
+struct SameThread(Arc<Pool>);
 
 impl<F> hyper::rt::Executor<F> for SameThread
 where
     F: Future<Output: 'static> + 'static,
 {
     fn execute(&self, future: F) {
-        tokio::task::spawn_local(future);
+        let pool = Arc::clone(&self.0);
+        tokio::task::spawn_local(Billed::stream(pool, Box::pin(future)));
     }
 }
 
-fn protocol() -> auto::Builder<SameThread> {
-    let mut builder = auto::Builder::new(SameThread);
+fn protocol(executor: SameThread) -> auto::Builder<SameThread> {
+    let mut builder = auto::Builder::new(executor);
     builder
         .http1()
         .header_read_timeout(None)

@@ -17,6 +17,7 @@ use insula_scheduler::WorkerId;
 use insula_types::Outcome;
 
 use super::Ingress;
+use super::billing::pays;
 use super::body::{Hold, OutBody, RequestBody};
 use super::headers::{self, INSULA_USAGE};
 use super::problem;
@@ -115,6 +116,7 @@ pub(super) async fn handle(
     };
     let (service, preview) = (Arc::clone(found.service), found.preview);
     drop(routes);
+    pays(&service);
     let Some(active) = service.version_for(preview, request.headers(), &request_id) else {
         return refuse(&service, Outcome::NotFound, began, request_id);
     };

@@ -8,6 +8,7 @@
 //! ```
 //!
 //! * `connection`: accepting, draining, limits on connections
+//! * `billing`: whose account the work on a connection goes to
 //! * `guarded_io`, `head_guard`: what hyper would let through, and timers on every phase
 //! * [`handle`]: one request
 //! * [`routes`]: which service a request belongs to
@@ -18,6 +19,7 @@
 //!
 //! *Invariant:* no problem body shows anything of another tenant or of the host's insides.
 
+mod billing;
 pub mod body;
 mod connection;
 pub mod guarded_io;

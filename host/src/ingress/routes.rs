@@ -152,6 +152,7 @@ mod tests {
         let registry = insula_metrics::DataMetrics::new();
         let name_of_tenant: insula_types::TenantName = tenant.1.parse().unwrap();
         let tenant = Arc::new(crate::pool::entries::TenantEntry {
+            owed: Default::default(),
             id: TenantId::new(tenant.0),
             metrics: registry.tenant(&name_of_tenant),
             name: name_of_tenant,

@@ -154,6 +154,16 @@ impl Pool {
         now
     }
 
+    /// A connection's task is about to be polled: what the worker did until now was for the host.
+    pub(crate) fn begin_billed(&self) {
+        with_worker(|worker| self.settle_host_time(worker));
+    }
+
+    /// What the calling worker did since the last boundary, in nanoseconds; the caller charges it.
+    pub(crate) fn end_billed(&self) -> u64 {
+        with_worker(|worker| worker.watch.lap().1).unwrap_or(0)
+    }
+
     /// Polls guests in the scheduler's order for about [`BATCH`]. To be called by a worker.
     pub(super) fn run_batch(&self) -> After {
         with_worker(|worker| self.batch(worker)).unwrap_or(After::Idle)
@@ -445,6 +455,7 @@ impl Pool {
                 (end, None)
             }
         };
+        let used = used + exchange.service.tenant.owed_ns(used);
         let charged = inner.charge(worker, Nanos::from_nanos(used), end, at);
         let finished = gone.as_ref().map(|job| inner.finished(job, at));
         drop(guard);

@@ -74,16 +74,18 @@ const SHORT: Duration = Duration::from_micros(50);
 /// Divides the CPU time of one thread at boundaries: each stretch ends where the next begins.
 ///
 /// On failure: none. Where the kernel gave the core to another process within a short stretch, that
-/// stretch is charged up to [`SHORT`] too much and the next one that reads the CPU clock as much too
-/// little; their sum is always the thread's own.
+/// stretch is charged up to [`SHORT`] too much, and as much is taken from those that follow the next
+/// reading of the CPU clock; the sum is always the thread's own.
 #[derive(Debug)]
 pub(super) struct Stopwatch {
     /// The monotonic clock at the last boundary.
     boundary: Instant,
     /// The CPU clock when it was last read.
     cpu_ns: u64,
-    /// What the stretches since then were given.
+    /// What the stretches since then were given, and too much before.
     given_ns: u64,
+    /// What was given too much when the CPU clock was last read, and not yet taken back.
+    debt_ns: u64,
 }
 
 impl Stopwatch {
@@ -93,6 +95,7 @@ impl Stopwatch {
             boundary: Instant::now(),
             cpu_ns: 0,
             given_ns: 0,
+            debt_ns: 0,
         }
     }
 
@@ -104,6 +107,9 @@ impl Stopwatch {
             return (now, self.read(now));
         }
         let ns = u64::try_from(wall.as_nanos()).unwrap_or(0);
+        let back = ns.min(self.debt_ns);
+        self.debt_ns -= back;
+        let ns = ns - back;
         self.boundary = now;
         self.given_ns += ns;
         (now, ns)
@@ -119,6 +125,7 @@ impl Stopwatch {
         self.given_ns = self
             .given_ns
             .saturating_sub(cpu_ns.saturating_sub(self.cpu_ns));
+        self.debt_ns = self.given_ns;
         self.cpu_ns = cpu_ns;
         self.boundary = now;
         ns
@@ -209,6 +216,26 @@ mod tests {
         let whole = thread_cpu_ns() - first;
         assert!(sum <= whole, "{sum} of {whole} ns");
         assert!(sum + 200_000 >= whole, "{sum} of {whole} ns");
+    }
+
+    #[test]
+    fn what_was_given_too_much_is_taken_from_what_follows() {
+        const TOO_MUCH: u64 = 2_000_000;
+        let mut watch = Stopwatch::new();
+        watch.read(Instant::now());
+        // As if others had had the core in many short stretches.
+        watch.given_ns += TOO_MUCH;
+        let begin = thread_cpu_ns();
+        assert_eq!(watch.read(Instant::now()), 0);
+        let mut given = 0;
+        while thread_cpu_ns() - begin < TOO_MUCH / 2 {
+            given += watch.lap().1;
+        }
+        assert_eq!(given, 0, "half of it is not taken back yet");
+        while thread_cpu_ns() - begin < 2 * TOO_MUCH {
+            given += watch.lap().1;
+        }
+        assert!(given > TOO_MUCH / 2, "{given} ns after it was");
     }
 
     #[test]

@@ -28,6 +28,20 @@ pub struct TenantEntry {
     pub memory: Arc<TenantMemory>,
     /// Its metric series.
     pub metrics: Arc<TenantMetrics>,
+    /// CPU time of its connections, in nanoseconds, that the scheduler has not charged yet.
+    pub owed: AtomicU64,
+}
+
+impl TenantEntry {
+    /// What a slice of so many nanoseconds pays for the work on connections that went before it: at
+    /// most as much again. The rest is in the ledger only, or else whoever floods a tenant with
+    /// requests that are refused would keep those from running that are not.
+    pub(super) fn owed_ns(&self, slice_ns: u64) -> u64 {
+        match self.owed.load(Ordering::Relaxed) {
+            0 => 0,
+            _ => self.owed.swap(0, Ordering::Relaxed).min(slice_ns),
+        }
+    }
 }
 
 /// A service as it is now; replaced whole when anything of it changes.
@@ -51,6 +65,28 @@ pub struct ServiceEntry {
     pub sticky_header: Option<HeaderName>,
     /// What outlives a change: counters and the log.
     pub stats: Arc<ServiceStats>,
+}
+
+/// Who pays for work on a connection. An idle connection keeps one for as long as it stands, so it
+/// holds nothing of a version.
+#[derive(Debug)]
+pub struct Payer {
+    tenant: Arc<TenantEntry>,
+    stats: Arc<ServiceStats>,
+}
+
+impl Payer {
+    /// Whether it is this service's.
+    pub fn is(&self, service: &ServiceEntry) -> bool {
+        Arc::ptr_eq(&self.stats, &service.stats)
+    }
+
+    /// Charges measured CPU time.
+    pub fn charge(&self, ns: u64) {
+        self.stats.cpu_ns.fetch_add(ns, Ordering::Relaxed);
+        self.tenant.metrics.add_cpu_ns(Kind::Wasm, ns);
+        self.tenant.owed.fetch_add(ns, Ordering::Relaxed);
+    }
 }
 
 /// Counters of one service, moved out when control collects.
@@ -125,6 +161,15 @@ impl ServiceEntry {
     pub fn charge_cpu(&self, ns: u64) {
         self.stats.cpu_ns.fetch_add(ns, Ordering::Relaxed);
         self.tenant.metrics.add_cpu_ns(Kind::Wasm, ns);
+    }
+
+    /// Who pays for work on its connections.
+    #[must_use]
+    pub fn payer(&self) -> Payer {
+        Payer {
+            tenant: Arc::clone(&self.tenant),
+            stats: Arc::clone(&self.stats),
+        }
     }
 
     /// Writes down the end of one request: the one place where that happens.

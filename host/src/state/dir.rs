@@ -118,6 +118,16 @@ impl DataDir {
         PathBuf::from(format!("/proc/self/fd/{}/{name}", self.dir.as_raw_fd()))
     }
 
+    /// The directory of machines, made (0700) when missing, by a path that other processes can
+    /// follow: a monitor's root is below it.
+    ///
+    /// # Errors
+    /// Those of the file system.
+    pub fn machines_path(&self) -> io::Result<PathBuf> {
+        self.subdir("machines")?;
+        std::fs::canonicalize(self.database_path("machines"))
+    }
+
     /// Makes an empty file (0600) unless it is there.
     ///
     /// # Errors

@@ -21,8 +21,8 @@
 use std::collections::HashSet;
 
 use insula_types::{
-    Digest, ServiceId, ServiceName, ServiceSpec, TenantId, TenantName, TenantSpec, Traffic,
-    VersionNumber,
+    Digest, ImageName, ServiceId, ServiceName, ServiceSpec, TenantId, TenantName, TenantSpec,
+    Traffic, VersionNumber,
 };
 
 pub mod audit;
@@ -30,6 +30,7 @@ pub mod backup;
 pub mod blobs;
 pub mod dir;
 pub mod health;
+pub mod machines;
 mod records;
 #[cfg(test)]
 mod specification;
@@ -96,6 +97,15 @@ pub enum StoreError {
     /// Another service has this route, or another tenant has its host.
     #[error("the route {0:?} belongs to another service, or its host to another tenant")]
     RouteTaken(String),
+    /// A machine names an image that there is not.
+    #[error("there is no image {0}")]
+    NoImage(ImageName),
+    /// A tenant has machines, and cannot be deleted.
+    #[error("the tenant has {count} machines; delete them first")]
+    HasMachines {
+        /// How many.
+        count: u64,
+    },
     /// A bound on the number of records.
     #[error("there are {max} {what} already, as many as there can be")]
     Full {
@@ -186,7 +196,7 @@ impl dyn Store + '_ {
 /// Where intent is kept. Blocking; owned by one thread. See the module's head for what every
 /// implementation promises; each method answers [`StoreError`].
 #[expect(clippy::missing_errors_doc, reason = "said once for all, above")]
-pub trait Store: Send {
+pub trait Store: machines::MachineStore + Send {
     /// Runs several changes as one: all of them are kept when `job` answers `Ok`, none otherwise.
     /// Not to be nested.
     fn atomically(
@@ -263,7 +273,7 @@ pub trait Store: Send {
     ) -> Result<Switched, StoreError>;
     /// Takes a change of traffic back: both as they were in `before`.
     fn restore_traffic(&mut self, before: &Service) -> Result<Service, StoreError>;
-    /// The digests of all versions.
+    /// The digests of all that is referred to: by versions, by images, by machines.
     fn digests(&mut self) -> Result<HashSet<Digest>, StoreError>;
 
     /// Tokens by id: all, or those of one tenant.

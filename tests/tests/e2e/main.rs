@@ -12,6 +12,7 @@ mod hostile;
 mod ingress;
 mod kills;
 mod logs;
+mod machines;
 mod main_job;
 mod measured;
 mod operations;

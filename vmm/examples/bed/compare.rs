@@ -288,6 +288,7 @@ impl Running {
                 command_line: COMMAND_LINE.to_owned(),
             },
             disks: Vec::new(),
+            vsock: None,
         };
         let machine = Box::new(machine);
         let started = client.order(&Request::Start { machine }, &with, PATIENCE);

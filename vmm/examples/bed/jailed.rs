@@ -5,7 +5,7 @@ use std::fs::{self, File};
 use std::io::Read;
 use std::num::NonZeroU32;
 use std::os::fd::AsFd;
-use std::os::unix::net::UnixStream;
+use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::process::Child;
 use std::time::{Duration, Instant};
@@ -204,6 +204,7 @@ impl Jailed {
 
     fn tell(self, origin: Origin, with: Outgoing<'_>) -> Self {
         let (kvm, root, overlay) = (kvm(), file("root.ext4"), open(&self.place, "overlay"));
+        let vsock = UnixListener::bind(self.place.join("vsock")).expect("room");
         let mut with = with;
         let machine = MachineDescription {
             kvm: with.add(kvm.as_fd()).expect("room"),
@@ -217,6 +218,7 @@ impl Jailed {
                     disk_bytes: None,
                 },
             }],
+            vsock: Some(with.add(vsock.as_fd()).expect("room")),
         };
         let machine = Box::new(machine);
         let told = self

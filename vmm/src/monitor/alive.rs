@@ -5,7 +5,7 @@ use std::io::{self, Write};
 
 use super::console::Hub;
 use super::description::{Begin, DescriptionError, MachineDescription, Meter, Parts};
-use super::protocol::{DeviceStatistics, Statistics};
+use super::protocol::{DeviceStatistics, EXIT_REASONS, Statistics};
 use super::wire::{Incoming, SlotError};
 use crate::config::{Console, MachineConfig};
 use crate::jail::seccomp::{Filters, SeccompError};
@@ -145,14 +145,14 @@ fn behind(filters: &Filters) -> Threads {
     })
 }
 
-fn by_reason(exits: ExitCounts) -> Vec<(String, u64)> {
-    let named = [
-        ("port_read", exits.port_read),
-        ("port_write", exits.port_write),
-        ("memory_read", exits.memory_read),
-        ("memory_write", exits.memory_write),
-        ("interrupted", exits.interrupted),
-        ("other", exits.other),
-    ];
-    named.map(|(name, count)| (name.to_owned(), count)).to_vec()
+/// In the order of [`EXIT_REASONS`].
+fn by_reason(exits: ExitCounts) -> [u64; EXIT_REASONS.len()] {
+    [
+        exits.port_read,
+        exits.port_write,
+        exits.memory_read,
+        exits.memory_write,
+        exits.interrupted,
+        exits.other,
+    ]
 }

@@ -2,6 +2,7 @@
 
 use std::fs::File;
 use std::io::{self, Read};
+use std::os::unix::net::UnixListener;
 use std::sync::Arc;
 
 use insula_types::Bytes;
@@ -13,11 +14,13 @@ use crate::config::{VcpuCount, VcpuCountError};
 use crate::memory::{MemoryError, MemorySize};
 use crate::snapshot::{FormatError, MachineState, STATE_MAX_BYTES, Snapshot};
 use crate::virtio::VirtioDevice;
+use crate::virtio::balloon::Balloon;
 use crate::virtio::block::{
     Access, BaseId, Block, Disk, DiskCounts, DiskError, Overlay, OverlayError, RawDisk,
     SerialNumberError,
 };
 use crate::virtio::rng::Rng;
+use crate::virtio::vsock::{BesidePath, GuestCid, GuestCidError, Vsock};
 
 /// All of a machine, with its files as descriptors beside the packet.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -29,7 +32,16 @@ pub struct MachineDescription {
     pub origin: Origin,
     /// In the order in which the guest finds them.
     pub disks: Vec<DiskDescription>,
+    /// A listening Unix socket, where processes of the host speak with sockets of the guest. The
+    /// guest's own calls go to sockets in the monitor's root, [`VSOCK_PREFIX`] and the port.
+    pub vsock: Option<Slot>,
 }
+
+/// Where a monitor looks for sockets that its guest may connect to: `/vsock_1024` for port 1024.
+pub const VSOCK_PREFIX: &str = "/vsock";
+/// The first address that is not reserved (virtio 1.2, 5.10.4). Each guest has its own device, so
+/// that all may have the same.
+const GUEST_CID: u32 = 3;
 
 /// What a machine begins with.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -134,6 +146,9 @@ pub enum DescriptionError {
         /// What was given.
         given: String,
     },
+    /// The guest's address.
+    #[error(transparent)]
+    Cid(#[from] GuestCidError),
     /// The state of a saved machine.
     #[error(transparent)]
     State(#[from] FormatError),
@@ -186,6 +201,7 @@ impl MachineDescription {
     /// Checks everything, and takes the descriptors.
     pub(super) fn realize(self, with: &mut Incoming) -> Result<Parts, DescriptionError> {
         let begin = self.origin.open(with)?;
+        let memory = begin.memory()?;
         let (mut devices, mut meters) = (Vec::<Box<dyn VirtioDevice>>::new(), Vec::new());
         for disk in self.disks {
             let serial = disk.serial.parse()?;
@@ -195,6 +211,15 @@ impl MachineDescription {
         }
         devices.push(Box::new(Rng::default()));
         meters.push(Meter::Nothing);
+        devices.push(Box::new(Balloon::new(memory)?));
+        meters.push(Meter::Nothing);
+        if let Some(listener) = self.vsock {
+            let listener = UnixListener::from(with.take(listener)?);
+            let dial = Box::new(BesidePath::new(VSOCK_PREFIX.into())?);
+            let vsock = Vsock::new(GuestCid::new(GUEST_CID)?, Some(listener), dial)?;
+            meters.push(Meter::Nothing);
+            devices.push(Box::new(vsock));
+        }
         Ok(Parts {
             begin,
             devices,
@@ -203,21 +228,34 @@ impl MachineDescription {
     }
 }
 
+impl Begin {
+    fn memory(&self) -> Result<MemorySize, DescriptionError> {
+        match self {
+            Self::Boot { memory, .. } => Ok(*memory),
+            Self::Snapshot(snapshot) => size(snapshot.state.memory_bytes),
+        }
+    }
+}
+
+fn size(bytes: u64) -> Result<MemorySize, DescriptionError> {
+    let checked = Bytes::new(bytes).map_err(|_| DescriptionError::Bytes { bytes })?;
+    Ok(MemorySize::new(checked)?)
+}
+
 impl Origin {
     fn open(self, with: &mut Incoming) -> Result<Begin, DescriptionError> {
         match self {
             Self::Boot {
                 vcpus,
-                memory_bytes: bytes,
+                memory_bytes,
                 kernel,
                 initrd,
                 command_line,
             } => {
-                let memory = Bytes::new(bytes).map_err(|_| DescriptionError::Bytes { bytes })?;
                 let initrd = initrd.map(|slot| with.take(slot)).transpose()?;
                 Ok(Begin::Boot {
                     vcpus: VcpuCount::new(vcpus)?,
-                    memory: MemorySize::new(memory)?,
+                    memory: size(memory_bytes)?,
                     boot: BootSource::Kernel {
                         kernel: with.take(kernel)?.into(),
                         initrd: initrd.map(File::from),

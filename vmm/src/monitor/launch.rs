@@ -4,6 +4,7 @@ use std::fs::{self, File};
 use std::io;
 use std::num::NonZeroU32;
 use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command};
 
@@ -106,6 +107,18 @@ pub fn listen_at(directory: &Path, name: &str) -> io::Result<OwnedFd> {
     with_address(directory, name, |address| bind(&socket, address))?;
     listen(&socket, BACKLOG)?;
     Ok(socket)
+}
+
+/// Makes the stream socket `name` in `directory`, listening.
+///
+/// # Errors
+/// The name is taken, or the system's.
+pub fn listen_stream_at(directory: &Path, name: &str) -> io::Result<UnixListener> {
+    let (family, kind) = (AddressFamily::UNIX, SocketType::STREAM);
+    let socket = socket_with(family, kind, SocketFlags::CLOEXEC, None)?;
+    with_address(directory, name, |address| bind(&socket, address))?;
+    listen(&socket, BACKLOG)?;
+    Ok(socket.into())
 }
 
 pub(super) fn connect_to(directory: &Path, name: &str) -> io::Result<OwnedFd> {

@@ -72,14 +72,24 @@ pub enum Reply {
     },
 }
 
+/// Why vCPUs leave the guest, as [`Statistics::exits`] says it.
+pub const EXIT_REASONS: [&str; 6] = [
+    "port_read",
+    "port_write",
+    "memory_read",
+    "memory_write",
+    "interrupted",
+    "other",
+];
+
 /// What a machine did since its monitor started.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Statistics {
     /// Where it is.
     pub phase: Phase,
-    /// How often vCPUs left the guest, by reason.
-    pub exits: Vec<(String, u64)>,
+    /// How often vCPUs left the guest, for each of [`EXIT_REASONS`].
+    pub exits: [u64; EXIT_REASONS.len()],
     /// Bytes that the guest wrote to its console.
     pub console_written_bytes: u64,
     /// By device, in the order in which the guest finds them.

@@ -5,7 +5,7 @@ use std::io::{self, Read, Write};
 use std::num::NonZeroU32;
 use std::os::fd::AsFd;
 use std::os::unix::fs::PermissionsExt;
-use std::os::unix::net::UnixStream;
+use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::process::{Child, ExitStatus};
 use std::time::{Duration, Instant};
@@ -112,6 +112,7 @@ impl Monitored {
         let kernel = File::open(self.path("kernel"))?;
         let disk = File::open(self.path("disk"))?;
         let overlay = new_file(&self.path("overlay"))?;
+        let vsock = UnixListener::bind(self.path("vsock"))?;
         let mut with = Outgoing::default();
         let machine = MachineDescription {
             kvm: with.add(kvm.as_fd())?,
@@ -131,6 +132,7 @@ impl Monitored {
                     disk_bytes: None,
                 },
             }],
+            vsock: Some(with.add(vsock.as_fd())?),
         };
         let machine = Box::new(machine);
         self.client

@@ -7,7 +7,7 @@ use serde_json::json;
 
 use crate::control::http_types::{Call, Reply};
 use crate::control::problem::{Answer, Code, Problem};
-use crate::control::{Control, Readiness, ceiling, openapi};
+use crate::control::{Control, Readiness, ceiling, exposition, openapi};
 
 /// The commit that this program was built from, where the build said so.
 const COMMIT: &str = match option_env!("INSULA_COMMIT") {
@@ -45,7 +45,16 @@ pub(crate) async fn host(control: Rc<Control>, _: Call) -> Answer {
         "version": env!("CARGO_PKG_VERSION"),
         "commit": COMMIT,
         "wasmtime": config.engine_version,
-        "kvm": {"support": control.machine.kvm},
+        "kvm": {
+            "support": control.machines.support.word(),
+            "detail": control.machines.support.to_string(),
+        },
+        "machines": {
+            "memory_percent": control.machines.config.memory_percent,
+            "memory_capacity_bytes": control.machine_memory_bytes(),
+            "memory_committed_bytes": control.machines.book.borrow().committed(None),
+            "groups_missing": control.machines.groups.missing(),
+        },
         "domain": config.domain,
         "ingress": config.ingress,
         "admin": control.admin,
@@ -73,8 +82,9 @@ pub(crate) async fn host(control: Rc<Control>, _: Call) -> Answer {
 /// Control's families, then data's.
 pub(crate) async fn metrics(control: Rc<Control>, _: Call) -> Answer {
     let mut text = own_families(&control).await?;
+    let machines = control.machine_families();
     match control.link.families().await {
-        Ok(families) => text.push_str(&families),
+        Ok(families) => text.push_str(&exposition::merge(&families, &machines)),
         // The host's own numbers are worth having when data is in trouble.
         Err(error) => tracing::warn!(%error, "metrics without the data plane's"),
     }
@@ -125,7 +135,7 @@ async fn own_families(control: &Control) -> Result<String, Problem> {
         (
             "insula_host_kvm",
             "Whether full guests could run here.",
-            format!("{{support=\"{}\"}} 1", control.machine.kvm),
+            format!("{{support=\"{}\"}} 1", control.machines.support.word()),
         ),
     ];
     let mut text = String::new();

@@ -3,6 +3,8 @@
 pub(super) mod audit;
 pub(super) mod backup;
 pub(super) mod host;
+pub(super) mod images;
+pub(super) mod machines;
 pub(super) mod services;
 pub(super) mod streams;
 pub(super) mod tenants;

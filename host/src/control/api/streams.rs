@@ -16,10 +16,10 @@ use crate::control::{Control, auth};
 const KEEP_ALIVE: Duration = Duration::from_secs(15);
 
 /// A place among the streams; given back when dropped.
-struct Place(Rc<Control>);
+pub(super) struct Place(Rc<Control>);
 
 impl Place {
-    fn take(control: &Rc<Control>) -> Result<Self, Problem> {
+    pub(super) fn take(control: &Rc<Control>) -> Result<Self, Problem> {
         let permit = control.streams.try_acquire().map_err(|_| {
             Problem::new(
                 Code::HostBusy,
@@ -39,7 +39,7 @@ impl Drop for Place {
 }
 
 /// When an answer that goes on has to end: the host stops, or its token is not valid any more.
-fn ended(control: &Rc<Control>, token: u64) -> impl Future<Output = ()> + 'static {
+pub(super) fn ended(control: &Rc<Control>, token: u64) -> impl Future<Output = ()> + 'static {
     let mut stopping = control.stopping.subscribe();
     let control = Rc::clone(control);
     async move {

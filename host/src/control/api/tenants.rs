@@ -100,6 +100,9 @@ pub(crate) async fn delete(control: Rc<Control>, call: Call) -> Answer {
     let tenant = deleted.record;
     let applied = control.link.apply(ToData::DropTenant(tenant.id)).await;
     control.ledger.borrow_mut().remove_tenant(tenant.id);
+    if let Err(error) = control.machines.groups.remove_tenant(tenant.id) {
+        tracing::warn!(tenant = %tenant.name, %error, "a deleted tenant's control group stays");
+    }
     for service in services {
         control.trials.borrow_mut().remove(service.id);
         control.logs.borrow_mut().remove_service(service.id);

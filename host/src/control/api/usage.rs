@@ -31,5 +31,7 @@ pub(crate) async fn get(control: Rc<Control>, call: Call) -> Answer {
     document.insert("tenant".to_owned(), tenant.name.as_str().into());
     document.insert("since".to_owned(), json!(tenant.created));
     document.insert("services".to_owned(), services.into());
+    let machines = control.ledger.borrow().machines(tenant.id);
+    document.insert("machines".to_owned(), documents::machine_usage(&machines));
     Ok(Reply::ok(&Value::Object(document)))
 }

@@ -12,7 +12,7 @@ use serde_json::Value;
 use tokio::sync::mpsc;
 
 use crate::config::DEFAULT_CEILING;
-use crate::control::{Compiler, ControlConfig, ControlPlane, listen, start};
+use crate::control::{AtEnd, Compiler, ControlConfig, ControlPlane, MachinesConfig, listen, start};
 use crate::messages::{
     Collected, Command, DataEvent, FromData, LogRecord, Refusal, ToData, UsageDelta,
 };
@@ -149,6 +149,12 @@ impl Rig {
                 program: "/bin/sh".into(),
                 arguments: vec!["-c".into(), COMPILER.into()],
                 timeout: Duration::from_millis(1_500),
+            },
+            machines: MachinesConfig {
+                program: "/nonexistent".into(),
+                memory_percent: 80,
+                on_emulation: false,
+                at_end: AtEnd::Stop,
             },
             seal: Arc::new(move |_, artefact| {
                 counting.fetch_add(1, Ordering::SeqCst);

@@ -14,6 +14,7 @@
 //! runs, `PROPTEST_RNG_SEED` for the same ones again.
 
 mod embedded;
+mod machines;
 mod model;
 mod operations;
 

@@ -7,6 +7,7 @@ use insula_types::{
     TenantSpec, Traffic, VersionNumber,
 };
 
+use super::machines::Machines;
 use crate::state::{
     AUDIT_KEPT, Access, AddedVersion, Audit, AuditEntry, Commitments, Deleted, Held, Listed,
     NewToken, NewVersion, Page, Precondition, Put, REMEMBERED_FOR, REMEMBERED_MAX, Remembered,
@@ -38,6 +39,7 @@ pub(super) struct Model {
     usage: BTreeMap<(TenantId, Option<ServiceId>), UsageTotals>,
     remembered: BTreeMap<[u8; 32], (Timestamp, Remembered)>,
     audits: Vec<AuditEntry>,
+    pub(super) kept: Machines,
     last_tenant: u64,
     last_service: u64,
     last_token: u64,
@@ -48,7 +50,7 @@ fn reservation(tenant: &Tenant) -> u64 {
     reservation.map_or(0, Millicores::get)
 }
 
-fn page_of<T>(
+pub(super) fn page_of<T>(
     items: impl Iterator<Item = T>,
     page: &Page,
     key: impl Fn(&T) -> String,
@@ -61,7 +63,7 @@ fn page_of<T>(
     Listed { items, next }
 }
 
-fn full(count: usize, what: &'static str, max: u64) -> Result<(), StoreError> {
+pub(super) fn full(count: usize, what: &'static str, max: u64) -> Result<(), StoreError> {
     if (count as u64) < max {
         Ok(())
     } else {
@@ -155,11 +157,22 @@ impl Model {
 
     fn used(&self) -> HashSet<Digest> {
         let rows = self.services.values();
-        rows.flat_map(|row| row.versions.values().map(|version| version.digest))
-            .collect()
+        let versions = rows.flat_map(|row| row.versions.values().map(|version| version.digest));
+        versions.chain(self.kept.used()).collect()
     }
 
-    fn unreferenced(&self, before: &HashSet<Digest>) -> Vec<Digest> {
+    pub(super) fn tenant_id(&self, name: &TenantName) -> Result<TenantId, StoreError> {
+        let tenant = self.tenants.get(name);
+        tenant
+            .map(|tenant| tenant.id)
+            .ok_or(StoreError::NotFound("tenant"))
+    }
+
+    pub(super) fn has_tenant(&self, id: TenantId) -> bool {
+        self.tenants.values().any(|tenant| tenant.id == id)
+    }
+
+    pub(super) fn unreferenced(&self, before: &HashSet<Digest>) -> Vec<Digest> {
         let used = self.used();
         let gone = before.iter().filter(|digest| !used.contains(*digest));
         gone.copied().collect()
@@ -263,7 +276,13 @@ impl Store for Model {
     ) -> Result<Deleted<Tenant>, StoreError> {
         let record = self.tenant(name)?;
         precondition.check(Some(record.generation))?;
+        let machines = self.kept.machines.values();
+        let count = machines.filter(|one| one.tenant == record.id).count() as u64;
+        if count > 0 {
+            return Err(StoreError::HasMachines { count });
+        }
         let used = self.used();
+        self.kept.usage.remove(&record.id);
         self.tenants.remove(name);
         self.services.retain(|_, row| row.tenant != record.id);
         self.usage.retain(|(tenant, _), _| *tenant != record.id);

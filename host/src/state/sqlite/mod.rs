@@ -4,6 +4,8 @@
 //! written. The connection is owned by one thread, so that `&mut self` is the only lock.
 
 mod audit;
+mod images;
+mod machines;
 mod schema;
 mod services;
 mod tenants;

@@ -122,6 +122,42 @@ CREATE TRIGGER audit_is_kept BEFORE DELETE ON audit
     WHEN old.id > (SELECT max(id) FROM audit) - 100000
     BEGIN SELECT raise(ABORT, 'the audit log is append-only'); END;
 ",
+    "
+CREATE TABLE images (
+    name TEXT NOT NULL PRIMARY KEY,
+    digest TEXT NOT NULL,
+    size_bytes INTEGER NOT NULL,
+    generation INTEGER NOT NULL,
+    created_ms INTEGER NOT NULL
+) STRICT, WITHOUT ROWID;
+CREATE INDEX images_by_digest ON images (digest);
+
+CREATE TABLE machines (
+    id INTEGER PRIMARY KEY AUTOINCREMENT,
+    -- No cascade: a machine has a process and files, which are removed first.
+    tenant INTEGER NOT NULL REFERENCES tenants (id),
+    name TEXT NOT NULL,
+    spec TEXT NOT NULL,
+    -- The digests of kernel, initrd if there is one, and disks, as a list.
+    images TEXT NOT NULL,
+    life TEXT NOT NULL,
+    generation INTEGER NOT NULL,
+    created_ms INTEGER NOT NULL,
+    UNIQUE (tenant, name)
+) STRICT;
+
+CREATE TABLE machine_usage (
+    tenant INTEGER NOT NULL PRIMARY KEY REFERENCES tenants (id) ON DELETE CASCADE,
+    cpu_ns INTEGER NOT NULL,
+    wait_ns INTEGER NOT NULL,
+    throttled_ns INTEGER NOT NULL,
+    memory_kib_ms INTEGER NOT NULL,
+    disk_read_bytes INTEGER NOT NULL,
+    disk_written_bytes INTEGER NOT NULL,
+    net_received_bytes INTEGER NOT NULL,
+    net_sent_bytes INTEGER NOT NULL
+) STRICT;
+",
 ];
 
 /// Applies what is missing.

@@ -147,6 +147,15 @@ pub(super) fn delete(
 ) -> Result<Deleted<Tenant>, StoreError> {
     let tenant = find(write, name)?.ok_or(StoreError::NotFound("tenant"))?;
     precondition.check(Some(tenant.generation))?;
+    let machines: i64 = write.query_row(
+        "SELECT count(*) FROM machines WHERE tenant = ?1",
+        [int(tenant.id.get())],
+        |row| row.get(0),
+    )?;
+    if machines > 0 {
+        let count = machines.unsigned_abs();
+        return Err(StoreError::HasMachines { count });
+    }
     let digests = versions::digests_where(
         write,
         "service IN (SELECT id FROM services WHERE tenant = ?1)",

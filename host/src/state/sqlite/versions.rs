@@ -106,12 +106,15 @@ fn prune(write: &Write<'_>, service: ServiceId) -> Result<Vec<Digest>, StoreErro
     let rows = statement.query_map(params![int(service.get()), int(VERSIONS_KEPT)], |row| {
         parsed(row, 0)
     })?;
-    let digests = rows.collect::<Result<_, _>>()?;
+    let digests = rows.collect::<Result<HashSet<Digest>, _>>()?;
     unreferenced(write, digests)
 }
 
 pub(super) fn digests(connection: &Connection) -> Result<HashSet<Digest>, StoreError> {
-    let mut statement = connection.prepare("SELECT DISTINCT digest FROM versions")?;
+    let mut statement = connection.prepare(
+        "SELECT digest FROM versions UNION SELECT digest FROM images
+            UNION SELECT i.value FROM machines m, json_each(m.images) i",
+    )?;
     let rows = statement.query_map([], |row| parsed(row, 0))?;
     Ok(rows.collect::<Result<_, _>>()?)
 }
@@ -129,13 +132,16 @@ pub(super) fn digests_where(
     Ok(rows.collect::<Result<_, _>>()?)
 }
 
-/// Those of some digests that no version has.
+/// Those of some digests that no version has, no image, and no machine.
 pub(super) fn unreferenced(
     connection: &Connection,
-    digests: HashSet<Digest>,
+    digests: impl IntoIterator<Item = Digest>,
 ) -> Result<Vec<Digest>, StoreError> {
-    let mut statement =
-        connection.prepare_cached("SELECT EXISTS (SELECT 1 FROM versions WHERE digest = ?1)")?;
+    let mut statement = connection.prepare_cached(
+        "SELECT EXISTS (SELECT 1 FROM versions WHERE digest = ?1)
+            OR EXISTS (SELECT 1 FROM images WHERE digest = ?1)
+            OR EXISTS (SELECT 1 FROM machines m, json_each(m.images) i WHERE i.value = ?1)",
+    )?;
     let mut lonely = Vec::new();
     for digest in digests {
         let used: bool = statement.query_row([digest.to_string()], |row| row.get(0))?;

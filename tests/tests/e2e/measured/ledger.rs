@@ -70,6 +70,26 @@ fn the_cpu_time_of_a_tenant_that_computes_is_the_processs_own() {
 }
 
 #[test]
+fn what_a_request_costs_beside_its_guest_is_its_tenants_too() {
+    let host = TestHost::measured().start();
+    let hello = host.tenant("a").create().deploy("hello");
+    let before = Books::read(&host);
+    // Parsing, routing and sending are half of what such a request takes.
+    let load = load::times(60_000, 8, &hello.get("/"));
+    assert_eq!(load.status(200), 60_000, "{:?}", load.problems);
+    host.when_ended("a", 60_000);
+    let after = Books::read(&host);
+    let process = after.process - before.process;
+    let charged = after.tenants() - before.tenants();
+    let part = charged / process;
+    eprintln!(
+        "60000 small requests: {charged:.3} s charged of {process:.3} s used, {:.2} %",
+        part * 100.0
+    );
+    assert!((0.85..=1.005).contains(&part), "{charged} s of {process} s");
+}
+
+#[test]
 fn tenants_that_compute_one_and_three_are_charged_one_and_three() {
     let host = TestHost::measured().start();
     // Names of one length, since a request's head is part of its guest's work.

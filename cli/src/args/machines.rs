@@ -1,0 +1,234 @@
+//! The verbs for machines and their images.
+
+use std::path::PathBuf;
+use std::str::FromStr;
+
+use clap::{Args, Subcommand};
+use insula_types::{Bytes, ImageName, MachineName, Millicores, Shares, TenantName};
+
+use super::{Connection, Look};
+
+/// `TENANT/MACHINE`.
+#[derive(Debug, Clone)]
+pub(crate) struct MachineRef {
+    pub(crate) tenant: TenantName,
+    pub(crate) machine: MachineName,
+}
+
+impl FromStr for MachineRef {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let (tenant, machine) = text
+            .split_once('/')
+            .ok_or_else(|| "write it as TENANT/MACHINE".to_owned())?;
+        let tenant = tenant.parse().map_err(|error| format!("tenant: {error}"))?;
+        let machine = machine.parse();
+        Ok(Self {
+            tenant,
+            machine: machine.map_err(|error| format!("machine: {error}"))?,
+        })
+    }
+}
+
+impl MachineRef {
+    /// The path of the machine in the admin API.
+    pub(crate) fn path(&self) -> String {
+        format!("/v1/tenants/{}/machines/{}", self.tenant, self.machine)
+    }
+}
+
+impl std::fmt::Display for MachineRef {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{}/{}", self.tenant, self.machine)
+    }
+}
+
+/// A machine, and how to print it.
+#[derive(Debug, Args)]
+pub(crate) struct OneMachine {
+    #[arg(value_name = "TENANT/MACHINE")]
+    pub(crate) machine: MachineRef,
+    #[command(flatten)]
+    pub(crate) look: Look,
+}
+
+/// `IMAGE[:rw[:SIZE]]`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct DiskArg {
+    pub(crate) image: ImageName,
+    pub(crate) writable: bool,
+    pub(crate) size: Option<Bytes>,
+}
+
+impl FromStr for DiskArg {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let mut parts = text.splitn(3, ':');
+        let image = parts.next().unwrap_or_default();
+        let image = image.parse().map_err(|error| format!("image: {error}"))?;
+        let writable = match parts.next() {
+            None | Some("ro") => false,
+            Some("rw") => true,
+            Some(other) => return Err(format!("a disk is ro or rw, not {other:?}")),
+        };
+        let size = parts.next().map(str::parse).transpose();
+        Ok(Self {
+            image,
+            writable,
+            size: size.map_err(|error| format!("size: {error}"))?,
+        })
+    }
+}
+
+/// What a machine is to be; what is left out keeps its value, or gets its default.
+#[derive(Debug, Args)]
+pub(crate) struct MachinePatch {
+    /// What it boots: an image
+    #[arg(long, value_name = "IMAGE")]
+    pub(crate) kernel: Option<ImageName>,
+    /// Its initial ramdisk: an image
+    #[arg(long, value_name = "IMAGE")]
+    pub(crate) initrd: Option<ImageName>,
+    /// What the kernel is told [default: console=ttyS0 panic=-1]
+    #[arg(long, value_name = "TEXT", allow_hyphen_values = true)]
+    pub(crate) cmdline: Option<String>,
+    /// A disk, such as root:rw or root:rw:4GiB; repeat it for more
+    #[arg(long = "disk", value_name = "IMAGE[:rw[:SIZE]]")]
+    pub(crate) disks: Vec<DiskArg>,
+    /// Processors [default: 1]
+    #[arg(long, value_name = "N")]
+    pub(crate) vcpus: Option<u8>,
+    /// Memory [default: 256MiB]
+    #[arg(long, value_name = "BYTES")]
+    pub(crate) memory: Option<Bytes>,
+    /// Weight against the tenant's other machines
+    #[arg(long, value_name = "SHARES")]
+    pub(crate) cpu_shares: Option<Shares>,
+    /// Never more, even on an idle host
+    #[arg(long, value_name = "CPU")]
+    pub(crate) cpu_limit: Option<Millicores>,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum MachinesVerb {
+    /// The machines of a tenant
+    #[command(visible_alias = "ls")]
+    List {
+        tenant: TenantName,
+        #[command(flatten)]
+        look: Look,
+    },
+    /// One machine, and what it does
+    #[command(visible_alias = "get")]
+    Show(OneMachine),
+    /// Define a machine, or change what is given from its next start on
+    #[command(visible_alias = "set")]
+    Create {
+        #[arg(value_name = "TENANT/MACHINE")]
+        machine: MachineRef,
+        #[command(flatten)]
+        patch: Box<MachinePatch>,
+        /// Start it as well
+        #[arg(long)]
+        start: bool,
+        #[command(flatten)]
+        look: Look,
+    },
+    /// Boot it; done when its guest runs
+    Start(OneMachine),
+    /// Press its power button; after a time, or at once with --force, end it
+    Stop {
+        #[command(flatten)]
+        one: OneMachine,
+        /// End it without asking the guest
+        #[arg(long)]
+        force: bool,
+        /// How long the guest has for shutting down
+        #[arg(long, value_name = "SECONDS", default_value_t = 30)]
+        timeout: u32,
+    },
+    /// Stop it between two instructions
+    Pause(OneMachine),
+    /// Let it go on
+    Resume(OneMachine),
+    /// Press its reset button
+    Reset(OneMachine),
+    /// Sit down at its console; Ctrl-] leaves
+    Console {
+        #[arg(value_name = "TENANT/MACHINE")]
+        machine: MachineRef,
+        #[command(flatten)]
+        connection: Connection,
+    },
+    /// Delete it, and what its guest wrote
+    #[command(visible_alias = "rm")]
+    Delete {
+        #[arg(value_name = "TENANT/MACHINE")]
+        machine: MachineRef,
+        /// Also if it runs
+        #[arg(long)]
+        force: bool,
+        #[command(flatten)]
+        connection: Connection,
+    },
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum ImagesVerb {
+    /// All images
+    #[command(visible_alias = "ls")]
+    List(Look),
+    /// One image
+    #[command(visible_alias = "get")]
+    Show {
+        image: ImageName,
+        #[command(flatten)]
+        look: Look,
+    },
+    /// Upload a kernel, an initial ramdisk or a disk
+    #[command(visible_alias = "upload")]
+    Put {
+        image: ImageName,
+        file: PathBuf,
+        #[command(flatten)]
+        look: Look,
+    },
+    /// Delete an image; machines that were made with it keep its content
+    #[command(visible_alias = "rm")]
+    Delete {
+        image: ImageName,
+        #[command(flatten)]
+        connection: Connection,
+    },
+}
+
+/// What a host tells the monitor of a machine, in its own words.
+#[derive(Debug, Args)]
+pub(crate) struct MonitorArgs {
+    pub(crate) orders: String,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn disks_are_written_in_one_word() {
+        let disk = |text: &str| text.parse::<DiskArg>();
+        let root = disk("root-6.1:rw:4GiB").unwrap();
+        assert_eq!((root.writable, root.size), (true, Some(Bytes::mib(4096))));
+        assert!(!disk("tools").unwrap().writable && !disk("tools:ro").unwrap().writable);
+        for bad in ["", ":rw", "root:x", "root:rw:much", "Root"] {
+            assert!(disk(bad).is_err(), "{bad:?}");
+        }
+    }
+
+    #[test]
+    fn a_machine_is_named_with_its_tenant() {
+        let machine: MachineRef = "acme/db".parse().unwrap();
+        assert_eq!(machine.path(), "/v1/tenants/acme/machines/db");
+        assert!("db".parse::<MachineRef>().is_err());
+    }
+}

@@ -1,0 +1,120 @@
+//! Images: kernels, initial ramdisks and disks, by name.
+
+use std::rc::Rc;
+use std::time::Duration;
+
+use http::StatusCode;
+use http::header::LOCATION;
+
+use crate::control::changes::optional;
+use crate::control::http_types::{Call, Reply, list, next_chunk, too_large};
+use crate::control::problem::{Answer, Code, Problem};
+use crate::control::{Control, documents};
+use crate::state::Put;
+use crate::state::blobs::{Kind, Unplaced};
+use crate::state::machines::PinnedImage;
+
+/// Largest image: a disk of a machine of some size.
+pub(crate) const IMAGE_MAX_BYTES: u64 = 64 << 30;
+/// Longest time for a whole upload.
+const UPLOAD_TOTAL: Duration = Duration::from_secs(4 * 3_600);
+
+pub(crate) async fn index(control: Rc<Control>, call: Call) -> Answer {
+    let page = call.page()?;
+    let images = control.store(move |store| store.images(&page)).await?;
+    let items = images.items.iter().map(documents::image).collect();
+    Ok(list(items, images.next))
+}
+
+pub(crate) async fn get(control: Rc<Control>, call: Call) -> Answer {
+    let name = call.image()?;
+    let image = control.store(move |store| store.image(&name)).await?;
+    Ok(Reply::ok(&documents::image(&image)).etag(image.generation))
+}
+
+pub(crate) async fn put(control: Rc<Control>, mut call: Call) -> Answer {
+    let name = call.image()?;
+    let precondition = call.precondition()?;
+    let actor = call.actor()?;
+    call.expect_type("application/octet-stream")?;
+    let file = receive(&control, &mut call).await?;
+    if file.size_bytes() == 0 {
+        return Err(Problem::new(Code::InvalidImage, "an image is not empty"));
+    }
+    let (digest, size_bytes) = (file.digest(), file.size_bytes());
+    let file = control
+        .files
+        .run(move |_| file.sync().map(|()| file))
+        .await??;
+    let _mutation = control.mutation.lock().await;
+    control
+        .files
+        .run(move |files| files.place(Kind::Component, &digest, file))
+        .await??;
+    let pinned = PinnedImage { digest, size_bytes };
+    let put = control
+        .change(move |store, now| {
+            let before = optional(store.image(&name))?;
+            let put = store.put_image(&name, pinned, precondition, now)?;
+            let before = before.as_ref().map(documents::image);
+            let after = Some(documents::image(put.0.record()));
+            let audit = put.0.is_change();
+            let audit = audit.then(|| actor.image(put.0.record(), before, after));
+            Ok((put, audit))
+        })
+        .await;
+    let (put, unreferenced) = match put {
+        Ok(put) => put,
+        Err(problem) => {
+            control.remove_unreferenced(digest).await;
+            return Err(problem);
+        }
+    };
+    control.remove_files(unreferenced).await;
+    let (image, document) = (put.record(), documents::image(put.record()));
+    let reply = match &put {
+        Put::Created(_) => Reply::json(StatusCode::CREATED, &document).header(LOCATION, &call.path),
+        Put::Changed(_) | Put::Unchanged(_) => Reply::ok(&document),
+    };
+    Ok(reply.etag(image.generation))
+}
+
+/// Receives an image under a temporary name.
+async fn receive(control: &Control, call: &mut Call) -> Result<Unplaced, Problem> {
+    call.expect_length(IMAGE_MAX_BYTES)?;
+    let receiving = async {
+        let mut file = control.files.run(|files| files.create()).await??;
+        while let Some(chunk) = next_chunk(&mut call.body).await? {
+            if file.size_bytes() + chunk.len() as u64 > IMAGE_MAX_BYTES {
+                return Err(too_large(IMAGE_MAX_BYTES));
+            }
+            let written = control
+                .files
+                .run(move |_| file.write(&chunk).map(|()| file))
+                .await?;
+            file = written?;
+        }
+        Ok(file)
+    };
+    let late = |_| Problem::new(Code::BodyTimeout, "the upload took too long");
+    tokio::time::timeout(UPLOAD_TOTAL, receiving)
+        .await
+        .map_err(late)?
+}
+
+pub(crate) async fn delete(control: Rc<Control>, call: Call) -> Answer {
+    let name = call.image()?;
+    let precondition = call.precondition()?;
+    let actor = call.actor()?;
+    let _mutation = control.mutation.lock().await;
+    let deleted = control
+        .change(move |store, _| {
+            let deleted = store.delete_image(&name, precondition)?;
+            let before = documents::image(&deleted.record);
+            let audit = actor.image(&deleted.record, Some(before), None);
+            Ok((deleted, Some(audit)))
+        })
+        .await?;
+    control.remove_files(deleted.unreferenced).await;
+    Ok(Reply::no_content())
+}
