@@ -196,7 +196,7 @@ mod tests {
                 tenant: TenantId::new(1),
                 name: "hello".parse().unwrap(),
                 spec: ServiceSpec {
-                    env: [("K".to_owned(), "v".repeat(100_000))].into(),
+                    env: [("K".to_owned(), "v".repeat(60_000))].into(),
                     ..ServiceSpec::default()
                 },
                 traffic: Traffic::none(),

@@ -228,7 +228,7 @@ fn the_data_process_is_shut_in_as_far_as_the_host_says() {
 
 #[test]
 fn an_upgrade_in_place_fails_no_request() {
-    let rounds: u32 = std::env::var("INSULA_UPGRADES").map_or(3, |n| n.parse().expect("a number"));
+    let rounds: u32 = std::env::var("INSULA_UPGRADES").map_or(2, |n| n.parse().expect("a number"));
     let host = TestHost::plan().arg("--drain", "30s").start();
     let tenant = host.tenant("a").create();
     let hello = tenant.deploy("hello");

@@ -140,10 +140,11 @@ fn a_version_that_loses_its_trial_is_taken_back() {
     eventually("the rollback", || {
         rig.get(WEB).json()["active_version"] == 1
     });
-    assert_eq!(
-        rig.seen().last().unwrap(),
-        "service web v1 sealed:compiled:one v2=preview sealed:compiled:two"
-    );
+    // The state knows before data does.
+    eventually("data is told", || {
+        let told = "service web v1 sealed:compiled:one v2=preview sealed:compiled:two";
+        rig.seen().last().is_some_and(|last| last == told)
+    });
     let newest = rig.get("/v1/audit?limit=1").json()["items"][0].clone();
     assert_eq!(
         (&newest["operation"], &newest["actor"]),
