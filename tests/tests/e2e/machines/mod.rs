@@ -188,7 +188,10 @@ fn machines_outlive_their_host_and_are_found_again() {
     let Some(host) = host() else { return };
     act(&host, "start");
     let before = pid(&host);
-    Console::open(&host).type_in("remember me");
+    let mut console = Console::open(&host);
+    console.type_in("remember me");
+    // What the host has not yet passed on goes with it.
+    assert_eq!(console.read(12), ">remember me");
     host.crash_and_restart();
     expect_state(&host, "running");
     assert_eq!(pid(&host), before, "it is the same process");
