@@ -160,7 +160,10 @@ impl Signals {
             // The next host leaves a run file of the same name.
             drop(registration);
             let drained = tokio::task::spawn_blocking(move || match successor {
-                None => Ok(host.shutdown()),
+                None => {
+                    host.shutdown();
+                    Ok(())
+                }
                 Some(successor) => host.hand_over(successor),
             });
             // Cancelling the first branch does not stop the shutdown; the process ends instead.
