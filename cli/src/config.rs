@@ -9,6 +9,7 @@ use std::thread::available_parallelism;
 
 use insula_host::config::{DEFAULT_CEILING, DEFAULT_CODE_IDLE, DEFAULT_INSTANCES, HostConfig};
 use insula_host::control::{AtEnd, MachinesConfig};
+use insula_host::outbound::Network;
 use insula_host::process::keeper::DataProgram;
 use insula_host::tls::TlsFiles;
 use insula_types::spec::{RequestLimits, is_host_name};
@@ -126,7 +127,7 @@ impl Reader {
     }
 }
 
-const KEYS: [&str; 21] = [
+const KEYS: [&str; 22] = [
     "admin",
     "admin_tls_cert",
     "admin_tls_key",
@@ -144,6 +145,7 @@ const KEYS: [&str; 21] = [
     "max_memory",
     "max_request_body",
     "max_timeout",
+    "outbound_networks",
     "temporary",
     "tls_cert",
     "tls_key",
@@ -189,6 +191,7 @@ pub(crate) fn resolve(
             let bytes = text.parse::<Bytes>();
             bytes.map(Some).map_err(|error| error.to_string())
         }),
+        outbound_networks: reader.read_with("outbound_networks", Vec::new(), networks),
         code_idle: reader.read("code_idle", DEFAULT_CODE_IDLE),
         drain: reader.read("drain", DEFAULT_DRAIN),
         data_program: DataProgram::default(),
@@ -300,6 +303,7 @@ fn read_flags(reader: &mut Reader, args: &ServeArgs) {
         ("max_memory", &args.max_memory),
         ("max_request_body", &args.max_request_body),
         ("max_timeout", &args.max_timeout),
+        ("outbound_networks", &args.outbound_networks),
         ("temporary", &temporary),
         ("tls_cert", &args.tls_cert),
         ("tls_key", &args.tls_key),
@@ -336,6 +340,16 @@ fn domain(text: &str) -> Result<String, String> {
     }
 }
 
+/// Networks with commas between them.
+fn networks(text: &str) -> Result<Vec<Network>, String> {
+    let names = text
+        .split(',')
+        .map(str::trim)
+        .filter(|name| !name.is_empty());
+    let networks = names.map(|name| name.parse::<Network>().map_err(|error| error.to_string()));
+    networks.collect()
+}
+
 fn number<T>(text: &str, min: T, max: T) -> Result<T, String>
 where
     T: FromStr + PartialOrd + fmt::Display + Copy,
@@ -349,6 +363,7 @@ where
 #[cfg(test)]
 mod tests {
     use clap::Parser;
+    use proptest::prelude::*;
 
     use super::*;
     use crate::args::{Cli, Verb};
@@ -373,6 +388,44 @@ mod tests {
         assert_eq!(settings.host.admin.to_string(), DEFAULT_ADMIN);
         assert_eq!(settings.data, Data::At("/default".into()));
         assert_eq!(settings.host.ceiling, DEFAULT_CEILING);
+    }
+
+    /// A line of a file, or what somebody may take for one.
+    fn line() -> impl Strategy<Value = String> {
+        let key = prop_oneof![
+            9 => proptest::sample::select(KEYS.to_vec()).prop_map(str::to_owned),
+            1 => "[a-z_\\[\\]\"#.]{0,12}",
+        ];
+        let value = prop_oneof![
+            "-?[0-9]{1,21}",
+            "true|false",
+            "\"[0-9.:\\[\\]]{0,24}\"",
+            "\"[0-9]{1,12}(ms|s|m|h|MiB|GB|G|k)?\"",
+            "\"[a-z/.]{0,12}\"",
+            "\\[[0-9, ]{0,8}\\]|\\{[a-z= ]{0,8}\\}",
+            any::<String>(),
+        ];
+        (key, value).prop_map(|(key, value)| format!("{key} = {value}\n"))
+    }
+
+    proptest! {
+        /// For longer: `cargo xtask fuzz config --seconds N`.
+        #[test]
+        fn any_file_is_taken_or_told_all_that_is_wrong(
+            lines in proptest::collection::vec(line(), 0..6),
+            noise in prop_oneof![9 => Just(String::new()), 1 => any::<String>()],
+        ) {
+            match resolved(&[], &(lines.concat() + &noise)) {
+                Ok(settings) => {
+                    prop_assert!(settings.host.workers > 0 && settings.host.instances > 0);
+                    prop_assert!(settings.host.admin.ip().is_loopback() || settings.host.admin_tls.is_some());
+                }
+                Err(Mistakes(mistakes)) => {
+                    prop_assert!(!mistakes.is_empty());
+                    prop_assert!(mistakes.iter().all(|mistake| mistake.contains(": ")));
+                }
+            }
+        }
     }
 
     #[test]
@@ -408,6 +461,18 @@ mod tests {
             .unwrap();
         }
         resolved(&["--admin", "[::1]:8081"], "").unwrap();
+    }
+
+    #[test]
+    fn networks_are_opened_by_name() {
+        let settings = resolved(&["--outbound-networks", "10.1.0.0/16, fd00::/8"], "").unwrap();
+        let opened = settings.host.outbound_networks;
+        let opened: Vec<String> = opened.iter().map(ToString::to_string).collect();
+        assert_eq!(opened, ["10.1.0.0/16", "fd00::/8"]);
+        assert!(resolved(&[], "").unwrap().host.outbound_networks.is_empty());
+        let file = "outbound_networks = \"10.1.0.0/8\"";
+        let Mistakes(lines) = resolved(&[], file).unwrap_err();
+        assert!(lines[0].contains("10.0.0.0/8"), "{lines:?}");
     }
 
     #[test]

@@ -42,6 +42,7 @@ const MACHINE: &[Field] = &[
     ),
     Field::new("resident", &["/used/resident_bytes"], Kind::Bytes),
     Field::new("monitor pid", &["/monitor_pid"], Kind::Plain),
+    Field::new("snapshot", &["/snapshot_at"], Kind::Plain),
     Field::new("created", &["/created_at"], Kind::Plain),
 ];
 
@@ -90,6 +91,16 @@ pub(crate) async fn machines(verb: MachinesVerb) -> Result<()> {
         MachinesVerb::Pause(OneMachine { machine, look }) => act(&machine, "pause", &look).await,
         MachinesVerb::Resume(OneMachine { machine, look }) => act(&machine, "resume", &look).await,
         MachinesVerb::Reset(OneMachine { machine, look }) => act(&machine, "reset", &look).await,
+        MachinesVerb::Snapshot(OneMachine { machine, look }) => {
+            act(&machine, "snapshot", &look).await
+        }
+        MachinesVerb::Restore {
+            one: OneMachine { machine, look },
+            from,
+        } => {
+            let from = from.map(|name| format!("?from={name}")).unwrap_or_default();
+            act(&machine, &format!("restore{from}"), &look).await
+        }
         MachinesVerb::Console {
             machine,
             connection,

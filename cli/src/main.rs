@@ -105,6 +105,7 @@ async fn speak(verb: Verb) -> Result<()> {
         Verb::Up(args) => up::run(args).await,
         Verb::Deploy(args) => deploy::run(args).await,
         Verb::Tenants(verb) => resources::tenants(verb).await,
+        Verb::Volumes(verb) => resources::volumes(verb).await,
         Verb::Services(verb) => resources::services(verb).await,
         Verb::Versions(verb) => resources::versions(verb).await,
         Verb::Machines(verb) => machines::machines(verb).await,

@@ -18,8 +18,8 @@ use http::uri::{Authority, PathAndQuery, Scheme};
 use http::{HeaderMap, HeaderValue, Method, StatusCode, Uri};
 use http_body::Frame;
 use wasip2::http::types::{
-    Fields, FutureTrailers, IncomingBody, IncomingRequest, Method as WasiMethod, OutgoingBody,
-    OutgoingResponse, ResponseOutparam, Scheme as WasiScheme,
+    Fields, FutureTrailers, IncomingBody, IncomingRequest, IncomingResponse, Method as WasiMethod,
+    OutgoingBody, OutgoingResponse, ResponseOutparam, Scheme as WasiScheme,
 };
 use wasip2::io::streams::{InputStream, OutputStream, StreamError};
 
@@ -31,7 +31,7 @@ const READ_BYTES: u64 = 64 * 1024;
 
 /// Headers that belong to the connection, not to the response: the host sets
 /// them, and refuses a guest that does (RFC 9110, section 7.6.1).
-const HOP_BY_HOP: [HeaderName; 5] = [
+pub(crate) const HOP_BY_HOP: [HeaderName; 5] = [
     header::CONNECTION,
     header::TRANSFER_ENCODING,
     header::UPGRADE,
@@ -68,7 +68,7 @@ impl Source {
     /// When the host hands over what is not HTTP.
     pub(crate) fn fetch(self) -> http::Request<Body> {
         match head(&self.0) {
-            Ok(head) => head.map(|()| Body::wrap(Incoming::Untouched(self.0))),
+            Ok(head) => head.map(|()| Body::wrap(Incoming::new(Message::Request(self.0)))),
             Err(error) => panic!("the host's request is not HTTP: {error}"),
         }
     }
@@ -112,7 +112,7 @@ fn scheme(scheme: Option<WasiScheme>) -> http::Result<Scheme> {
     })
 }
 
-fn headers(fields: &Fields) -> http::Result<HeaderMap> {
+pub(crate) fn headers(fields: &Fields) -> http::Result<HeaderMap> {
     let entries = fields.entries();
     let mut headers = HeaderMap::with_capacity(entries.len());
     for (name, value) in entries {
@@ -121,9 +121,32 @@ fn headers(fields: &Fields) -> http::Result<HeaderMap> {
     Ok(headers)
 }
 
-/// A request's body.
-enum Incoming {
-    Untouched(IncomingRequest),
+/// What a body came with.
+pub(crate) enum Message {
+    Request(IncomingRequest),
+    Response(IncomingResponse),
+}
+
+impl Message {
+    fn consume(&self) -> Result<IncomingBody, ()> {
+        match self {
+            Self::Request(request) => request.consume(),
+            Self::Response(response) => response.consume(),
+        }
+    }
+
+    fn broken(&self, why: &str) -> Error {
+        let (status, what) = match self {
+            Self::Request(_) => (StatusCode::BAD_REQUEST, "the request's body broke off"),
+            Self::Response(_) => (StatusCode::BAD_GATEWAY, "the body of an answer broke off"),
+        };
+        Error::new(status, what).with_source(why.to_owned())
+    }
+}
+
+/// The body of a request, or of the answer to one that was sent.
+pub(crate) enum Incoming {
+    Untouched(Message),
     Data(Data),
     Trailers(Trailing),
     Over,
@@ -131,30 +154,30 @@ enum Incoming {
 
 /// The fields are in the order in which the host wants them dropped: a child
 /// before its parent.
-struct Data {
+pub(crate) struct Data {
     wait: Option<Wait>,
     stream: InputStream,
     body: IncomingBody,
-    request: IncomingRequest,
+    message: Message,
 }
 
 /// As in [`Data`].
-struct Trailing {
+pub(crate) struct Trailing {
     wait: Option<Wait>,
     trailers: FutureTrailers,
-    _request: IncomingRequest,
+    message: Message,
 }
 
 impl Data {
-    fn open(request: IncomingRequest) -> Result<Self> {
-        let taken = |()| Error::internal("the request's body was taken already");
-        let body = request.consume().map_err(taken)?;
+    fn open(message: Message) -> Result<Self> {
+        let taken = |()| Error::internal("a body was taken already");
+        let body = message.consume().map_err(taken)?;
         let stream = body.stream().map_err(taken)?;
         Ok(Self {
             wait: None,
             stream,
             body,
-            request,
+            message,
         })
     }
 
@@ -169,14 +192,14 @@ impl Data {
             wait,
             stream,
             body,
-            request,
+            message,
         } = self;
         drop(wait);
         drop(stream);
         Trailing {
             wait: None,
             trailers: IncomingBody::finish(body),
-            _request: request,
+            message,
         }
     }
 }
@@ -186,6 +209,12 @@ impl Trailing {
         self.wait
             .get_or_insert_with(|| Wait::new(self.trailers.subscribe()))
             .poll(cx)
+    }
+}
+
+impl Incoming {
+    pub(crate) const fn new(message: Message) -> Self {
+        Self::Untouched(message)
     }
 }
 
@@ -200,7 +229,7 @@ impl http_body::Body for Incoming {
         loop {
             // `Over` stays if anything below fails: a broken body has ended.
             match std::mem::replace(&mut *self, Self::Over) {
-                Self::Untouched(request) => *self = Self::Data(Data::open(request)?),
+                Self::Untouched(message) => *self = Self::Data(Data::open(message)?),
                 Self::Data(mut data) => match data.stream.read(READ_BYTES) {
                     Ok(bytes) if bytes.is_empty() => {
                         let ready = data.poll_ready(cx);
@@ -213,7 +242,8 @@ impl http_body::Body for Incoming {
                     }
                     Err(StreamError::Closed) => *self = Self::Trailers(data.finish()),
                     Err(StreamError::LastOperationFailed(error)) => {
-                        return Poll::Ready(Some(Err(broken(&error.to_debug_string()))));
+                        let error = data.message.broken(&error.to_debug_string());
+                        return Poll::Ready(Some(Err(error)));
                     }
                 },
                 Self::Trailers(mut trailing) => match trailing.trailers.get() {
@@ -226,7 +256,8 @@ impl http_body::Body for Incoming {
                         return Poll::Ready(Some(Ok(Frame::trailers(headers(&fields)?))));
                     }
                     Some(Ok(Err(error))) => {
-                        return Poll::Ready(Some(Err(broken(&format!("{error:?}")))));
+                        let error = trailing.message.broken(&format!("{error:?}"));
+                        return Poll::Ready(Some(Err(error)));
                     }
                     Some(Ok(Ok(None)) | Err(())) => return Poll::Ready(None),
                 },
@@ -238,10 +269,6 @@ impl http_body::Body for Incoming {
     fn is_end_stream(&self) -> bool {
         matches!(self, Self::Over)
     }
-}
-
-fn broken(why: &str) -> Error {
-    Error::new(StatusCode::BAD_REQUEST, "the request's body broke off").with_source(why.to_owned())
 }
 
 /// Gives the response to the host, and its body as fast as the host takes it.
@@ -305,7 +332,7 @@ fn outgoing(head: &mut http::response::Parts, body: &Body) -> Result<OutgoingRes
     Ok(response)
 }
 
-fn fields(headers: &HeaderMap) -> Result<Fields> {
+pub(crate) fn fields(headers: &HeaderMap) -> Result<Fields> {
     let entries: Vec<(String, Vec<u8>)> = headers
         .iter()
         .map(|(name, value)| (name.as_str().to_owned(), value.as_bytes().to_owned()))
@@ -315,7 +342,7 @@ fn fields(headers: &HeaderMap) -> Result<Fields> {
 }
 
 /// Why a body was not written to its end.
-enum Stopped {
+pub(crate) enum Stopped {
     ClientGone,
     Failed(Error),
 }
@@ -331,7 +358,10 @@ impl From<StreamError> for Stopped {
     }
 }
 
-async fn write_body(to: &OutgoingBody, body: Body) -> Result<Option<HeaderMap>, Stopped> {
+pub(crate) async fn write_body(
+    to: &OutgoingBody,
+    body: Body,
+) -> Result<Option<HeaderMap>, Stopped> {
     if body.in_memory_bytes() == Some(0) {
         return Ok(None);
     }

@@ -26,6 +26,7 @@
 //! | streaming | [`Body::chunk`], [`Response::stream`], [`Writer`] |
 //! | the service's environment | [`mod@env`] |
 //! | structured logging | [`mod@log`] |
+//! | asking other servers | [`fetch()`] |
 //! | waiting | [`mod@time`], and any combinator of the `futures` crates |
 //! | what the request has cost so far | [`usage()`] |
 //!
@@ -40,6 +41,7 @@
 
 mod body;
 mod error;
+mod fetch;
 mod handler;
 mod request;
 mod response;
@@ -55,9 +57,12 @@ pub mod time;
 
 #[cfg(target_os = "wasi")]
 mod guest;
+#[cfg(target_os = "wasi")]
+mod outgoing;
 
 pub use body::Body;
 pub use error::{Error, Result};
+pub use fetch::{FetchError, fetch};
 pub use handler::IntoResponse;
 pub use request::Request;
 pub use response::Response;

@@ -7,6 +7,7 @@ use crate::control::MachinesConfig;
 use insula_types::quantity::{Bytes, Fuel, Millis};
 use insula_types::spec::RequestLimits;
 
+use crate::outbound::Network;
 use crate::process::keeper::DataProgram;
 use crate::tls::TlsFiles;
 
@@ -33,6 +34,8 @@ pub struct HostConfig {
     pub instances: u32,
     /// Memory that all guests together may use; three quarters of the machine's when not given.
     pub guest_memory: Option<Bytes>,
+    /// Networks beside the Internet that guests may send requests to; none by default.
+    pub outbound_networks: Vec<Network>,
     /// How long the code of a version stays in memory that nobody asks.
     pub code_idle: Millis,
     /// How long requests may go on after SIGTERM.

@@ -18,6 +18,7 @@
 //! 4. [`DataPlane`] joins all threads when it is dropped.
 
 use std::collections::HashMap;
+use std::fs::File;
 use std::net::TcpListener;
 use std::sync::Arc;
 use std::thread::JoinHandle;
@@ -25,12 +26,17 @@ use std::time::{Duration, Instant};
 
 use insula_metrics::{DataMetrics, Kind};
 use insula_types::spec::{RequestLimits, Reuse, Route, TenantSpec};
-use insula_types::{Digest, ServiceId, ServiceName, TenantId, TenantName, VersionNumber};
+use insula_types::volume::MountMode;
+use insula_types::{
+    Bytes, Digest, ServiceId, ServiceName, TenantId, TenantName, VersionNumber, VolumeId,
+    VolumeSpec,
+};
 use tokio::sync::{mpsc, watch};
 
 use crate::engine::artefact::ArtefactKey;
 use crate::engine::{
-    Engine, EngineError, EngineLimits, HostMemory, Program, Room, Shelf, TenantMemory, Vault,
+    Engine, EngineError, EngineLimits, HostMemory, Mounted, Program, Room, Shelf, TenantMemory,
+    Vault,
 };
 use crate::ingress::Ingress;
 use crate::ingress::logs::{LogHub, ServiceLog};
@@ -39,6 +45,7 @@ use crate::messages::{
     AtRest, Collect, Collected, Command, FromData, IntendedVersion, LogRecord, Refusal,
     ServiceIntent, ToData,
 };
+use crate::outbound::{AddressPolicy, Inquiries, Network, Outbound};
 use crate::pool::Pool;
 use crate::pool::clock::process_cpu_ns;
 use crate::pool::conduct::VersionStats;
@@ -46,6 +53,7 @@ use crate::pool::entries::{ServiceEntry, ServiceStats, TenantEntry};
 use crate::pool::versions::{Active, Versions};
 use crate::pool::worker::{self, Phase, WorkerError};
 use crate::process::walls::Wall;
+use crate::storage::Volume;
 use crate::tls::Certificate;
 
 /// What the data plane is started with.
@@ -60,7 +68,9 @@ pub struct DataConfig {
     /// Instances alive at once.
     pub instances: u32,
     /// What all guests together may use.
-    pub guest_memory: insula_types::Bytes,
+    pub guest_memory: Bytes,
+    /// Networks beside the Internet that guests may reach, where their services' lists do.
+    pub outbound_networks: Vec<Network>,
     /// How long code stays that nobody asks.
     pub code_idle: Duration,
     /// The key that artefacts are sealed with.
@@ -121,9 +131,9 @@ pub fn start(
     config: DataConfig,
     engine: Engine,
     listeners: Vec<TcpListener>,
-    commands: mpsc::Receiver<Command>,
-    reports: mpsc::Sender<FromData>,
+    (commands, reports): (mpsc::Receiver<Command>, mpsc::Sender<FromData>),
     walls: Vec<Wall>,
+    inquiries: Arc<Inquiries>,
 ) -> Result<DataPlane, StartError> {
     let workers = listeners.len();
     let pool = Pool::new(workers, config.instances)?;
@@ -156,6 +166,11 @@ pub fn start(
         .map_err(StartError::Thread)?;
     let desk = Desk {
         memory: Arc::new(HostMemory::new(config.guest_memory)),
+        outbound: Outbound::new(
+            AddressPolicy::new(config.outbound_networks.clone()),
+            Arc::clone(&inquiries),
+        ),
+        inquiries,
         vault: Vault::new(engine, config.artefact_key.clone()),
         room: Room::new(config.instances / WAITING_PART),
         config,
@@ -165,6 +180,7 @@ pub fn start(
         logs: Arc::default(),
         tenants: HashMap::new(),
         services: HashMap::new(),
+        volumes: HashMap::new(),
         programs: HashMap::new(),
         phase,
     };
@@ -196,9 +212,12 @@ struct Desk {
     ingress: Arc<Ingress>,
     metrics: DataMetrics,
     memory: Arc<HostMemory>,
+    outbound: Arc<Outbound>,
+    inquiries: Arc<Inquiries>,
     logs: Arc<LogHub>,
     tenants: HashMap<TenantId, Tenant>,
     services: HashMap<ServiceId, Service>,
+    volumes: HashMap<VolumeId, (TenantId, Arc<Volume>)>,
     programs: HashMap<Digest, Program>,
     phase: watch::Sender<Phase>,
 }
@@ -229,7 +248,7 @@ impl Desk {
                     if received == 0 {
                         break;
                     }
-                    for answer in self.apply(&mut batch).await {
+                    for answer in self.apply(&mut batch, &reports).await {
                         if reports.send(answer).await.is_err() {
                             return;
                         }
@@ -250,7 +269,11 @@ impl Desk {
     }
 
     /// Applies commands in order; publishes the route table once, before any is answered.
-    async fn apply(&mut self, batch: &mut Vec<Command>) -> Vec<FromData> {
+    async fn apply(
+        &mut self,
+        batch: &mut Vec<Command>,
+        reports: &mpsc::Sender<FromData>,
+    ) -> Vec<FromData> {
         let mut answers = Vec::with_capacity(batch.len());
         let mut changed = false;
         let mut opening = false;
@@ -263,6 +286,10 @@ impl Desk {
                     let collected = Box::new(self.collect(what, control_cpu_ns));
                     answers.extend(in_parts(self.logs.take_now()));
                     answers.push(FromData::Collected { seq, collected });
+                    continue;
+                }
+                ToData::Answer(answer) => {
+                    self.inquiries.answer(answer);
                     continue;
                 }
                 ToData::Certificate(pem) => {
@@ -280,14 +307,35 @@ impl Desk {
                     self.drain(deadline, at_rest).await;
                     Ok(())
                 }
-                ToData::Tenant { id, name, spec } => {
+                ToData::Tenant {
+                    id,
+                    name,
+                    spec,
+                    promised,
+                } => {
                     changed = true;
-                    self.set_tenant(id, name, &spec)
+                    self.set_tenant(id, name, &spec, promised)
                 }
                 ToData::DropTenant(id) => {
                     changed = true;
                     self.drop_tenant(id);
                     Ok(())
+                }
+                ToData::Volume {
+                    id,
+                    tenant,
+                    spec,
+                    directory,
+                } => self.set_volume(id, tenant, spec, directory),
+                ToData::DropVolume(id) => {
+                    self.volumes.remove(&id);
+                    Ok(())
+                }
+                ToData::CopyVolume { from, to, spec } => {
+                    match self.copy_volume(seq, from, to, spec, reports) {
+                        Ok(()) => continue,
+                        Err(refusal) => Err(refusal),
+                    }
                 }
                 ToData::Service(intent) => {
                     changed = true;
@@ -333,9 +381,11 @@ impl Desk {
         id: TenantId,
         name: TenantName,
         spec: &TenantSpec,
+        promised: Bytes,
     ) -> Result<(), Refusal> {
         self.pool.set_tenant(id, spec).map_err(Refusal::Envelope)?;
         let (metrics, host_memory) = (&self.metrics, &self.memory);
+        let offload = self.pool.offload();
         let tenant = self.tenants.entry(id).or_insert_with(|| Tenant {
             entry: Arc::new(TenantEntry {
                 owed: Default::default(),
@@ -343,13 +393,23 @@ impl Desk {
                 metrics: metrics.tenant(&name),
                 name,
                 memory: Arc::new(TenantMemory::new(Arc::clone(host_memory))),
+                offload,
+                storage: Arc::default(),
+                places: Outbound::tenant_places(),
             }),
             waited: Default::default(),
         });
         let shares = u64::from(spec.cpu.shares.get());
-        tenant.entry.memory.set(spec.memory_limit, shares);
-        let limit = spec.memory_limit.map(insula_types::Bytes::get);
+        let left = spec.memory_limit.map(|limit| {
+            // Less than a size is one.
+            Bytes::new(limit.get().saturating_sub(promised.get())).unwrap_or(limit)
+        });
+        tenant.entry.memory.set(left, shares);
+        let limit = spec.memory_limit.map(Bytes::get);
         tenant.entry.metrics.set_memory_limit(limit);
+        tenant.entry.storage.set_limit(spec.storage_limit);
+        let limit = spec.storage_limit.map(Bytes::get);
+        tenant.entry.metrics.set_storage_limit(limit);
         Ok(())
     }
 
@@ -357,6 +417,7 @@ impl Desk {
         self.services
             .retain(|_, service| service.entry.tenant.id != id);
         self.pool.remove_tenant(id);
+        self.volumes.retain(|_, (tenant, _)| *tenant != id);
         if let Some(tenant) = self.tenants.remove(&id) {
             self.metrics.remove_tenant(&tenant.entry.name);
         }
@@ -373,6 +434,7 @@ impl Desk {
     fn set_service(&mut self, intent: ServiceIntent) -> Result<(), Refusal> {
         let tenant = self.tenants.get(&intent.tenant);
         let tenant = Arc::clone(&tenant.ok_or(Refusal::UnknownTenant(intent.tenant))?.entry);
+        let mounts = self.mounts(&intent)?;
         let mut ready = Vec::with_capacity(intent.versions.len());
         for version in intent.versions {
             let number = version.number;
@@ -401,6 +463,9 @@ impl Desk {
             tenant,
             limits: intent.spec.limits.min(self.config.ceiling),
             env: intent.spec.env.into_iter().collect(),
+            mounts: mounts.into(),
+            outbound: Arc::clone(&self.outbound),
+            outbound_rules: intent.spec.outbound.into(),
             usage_header: intent.spec.usage_header,
             versions: Versions::new(ready, &intent.traffic),
             // A sticky header's name is a token by its type, which is all that this asks.
@@ -412,6 +477,71 @@ impl Desk {
             routes: intent.spec.routes,
         };
         self.services.insert(intent.id, service);
+        Ok(())
+    }
+
+    /// The volumes of a service, as its guests find them.
+    fn mounts(&self, intent: &ServiceIntent) -> Result<Vec<Mounted>, Refusal> {
+        let mounts = intent.spec.volumes.iter().zip(&intent.mounts);
+        let mounts = mounts.map(|(mount, id)| {
+            let (_, volume) = self.volumes.get(id).ok_or(Refusal::UnknownVolume(*id))?;
+            Ok(Mounted {
+                volume: Arc::clone(volume),
+                path: mount.path.to_string(),
+                writable: mount.mode == MountMode::Rw,
+            })
+        });
+        mounts.collect()
+    }
+
+    fn set_volume(
+        &mut self,
+        id: VolumeId,
+        tenant: TenantId,
+        spec: VolumeSpec,
+        directory: File,
+    ) -> Result<(), Refusal> {
+        if let Some((_, volume)) = self.volumes.get(&id) {
+            volume.set_quota(spec);
+            return Ok(());
+        }
+        let entry = &self
+            .tenants
+            .get(&tenant)
+            .ok_or(Refusal::UnknownTenant(tenant))?
+            .entry;
+        let storage = Arc::clone(&entry.storage);
+        let volume = Arc::new(Volume::new(id, directory, storage, spec));
+        self.volumes.insert(id, (tenant, Arc::clone(&volume)));
+        // Whoever changes it first would count it as well; this way it is known before.
+        let count = move || {
+            if let Err(error) = volume.change() {
+                tracing::warn!(%id, %error, "a volume could not be counted");
+            }
+        };
+        entry.offload.submit(tenant, None, Box::new(count));
+        Ok(())
+    }
+
+    /// Begins a copy; it is answered when it is done.
+    fn copy_volume(
+        &self,
+        seq: u64,
+        from: VolumeId,
+        to: File,
+        spec: VolumeSpec,
+        reports: &mpsc::Sender<FromData>,
+    ) -> Result<(), Refusal> {
+        let unknown = Refusal::UnknownVolume(from);
+        let (tenant, volume) = self.volumes.get(&from).ok_or(unknown)?;
+        let (volume, reports) = (Arc::clone(volume), reports.clone());
+        let copy = move || {
+            let copied = volume.copy_to(&to, spec);
+            let result = copied.map_err(|error| Refusal::Storage(error.to_string()));
+            // Control may be gone.
+            let _ = reports.blocking_send(FromData::Done { seq, result });
+        };
+        self.pool.offload().submit(*tenant, None, Box::new(copy));
         Ok(())
     }
 
@@ -466,6 +596,9 @@ impl Desk {
             metrics.set_memory_bytes(Kind::Wasm, memory.used_bytes());
             let (limit, host) = memory.refusals();
             metrics.raise_memory_refusals_to(limit, host);
+            let stored = self.volumes.values().any(|(owner, _)| owner == id);
+            let used = stored.then(|| tenant.entry.storage.used_bytes());
+            metrics.set_storage(used);
             if let Some((waited, throttled)) = self.pool.waited(*id) {
                 let (waited_before, throttled_before) = tenant.waited;
                 metrics.add_cpu_wait_ns(Kind::Wasm, ns(waited.saturating_sub(waited_before)));
@@ -494,17 +627,19 @@ impl Desk {
                 versions.extend(service.entry.take_conduct());
             }
         }
+        let volumes = self.volumes.iter();
+        let volumes = volumes.filter_map(|(id, (_, volume))| Some((*id, volume.counted()?)));
         Collected {
+            volumes: volumes.collect(),
             usage,
             versions,
-            broken: self.look_after_programs(),
+            broken: self.look_after_programs(now),
             metrics: (what == Collect::Families).then(|| self.metrics.expose()),
         }
     }
 
     /// Lets go of code that nobody asked for; names the services whose artefact does not load.
-    fn look_after_programs(&mut self) -> Vec<(TenantName, ServiceName)> {
-        let now = Instant::now();
+    fn look_after_programs(&mut self, now: Instant) -> Vec<(TenantName, ServiceName)> {
         let mut broken = Vec::new();
         self.programs.retain(|digest, program| {
             program.cool(now, self.config.code_idle);

@@ -10,7 +10,9 @@
 //! * [`ingress`]: HTTP from clients
 //! * [`control`]: the admin API
 //! * [`data`]: the data plane, put together
+//! * [`outbound`]: HTTP from guests to the world
 //! * [`state`]: intent, kept in SQLite and blobs
+//! * [`storage`]: volumes and their quotas
 //! * [`tls`]: certificates of the listeners
 //! * [`serve`]: both planes, started and drained
 //! * [`handover`]: from one host to the next, in place
@@ -25,8 +27,10 @@ pub mod ingress;
 pub mod link;
 pub mod machines;
 pub mod messages;
+pub mod outbound;
 pub mod pool;
 pub mod process;
 pub mod serve;
 pub mod state;
+pub mod storage;
 pub mod tls;

@@ -17,11 +17,13 @@
 //! whole intent after data was restarted.
 
 use std::fs::File;
+use std::net::SocketAddr;
 use std::time::SystemTime;
 
 use insula_types::spec::{ServiceSpec, TenantSpec};
 use insula_types::{
-    Digest, Outcome, ServiceId, ServiceName, TenantId, TenantName, Traffic, VersionNumber,
+    Bytes, Digest, Outcome, ServiceId, ServiceName, TenantId, TenantName, Traffic, VersionNumber,
+    VolumeId, VolumeSpec,
 };
 
 use serde::{Deserialize, Serialize};
@@ -29,6 +31,7 @@ use tokio::sync::mpsc;
 
 use crate::pool::conduct::Conduct;
 use crate::process::walls::Wall;
+use crate::storage::Usage;
 use crate::tls::Pem;
 
 /// Commands that wait in the channel, at most.
@@ -78,6 +81,8 @@ pub enum ToData<F = File> {
         name: TenantName,
         /// Its resource envelope.
         spec: TenantSpec,
+        /// Of its memory, what its machines were promised.
+        promised: Bytes,
     },
     /// The tenant and its services are gone: running requests are cancelled, series removed.
     DropTenant(TenantId),
@@ -85,6 +90,30 @@ pub enum ToData<F = File> {
     Service(Box<ServiceIntent<F>>),
     /// The service is gone: running requests are cancelled, series removed.
     DropService(ServiceId),
+    /// There is a volume. Creates it or changes its quota; comes after its tenant and before the
+    /// services that mount it.
+    Volume {
+        /// Its id.
+        id: VolumeId,
+        /// Its tenant, known to data already.
+        tenant: TenantId,
+        /// How much it holds.
+        spec: VolumeSpec,
+        /// Its directory.
+        directory: F,
+    },
+    /// The volume is gone, or will be: nothing mounts it.
+    DropVolume(VolumeId),
+    /// Copy what a volume holds at one moment into an empty directory, durably. Answered when that
+    /// is done; commands after it are not held up.
+    CopyVolume {
+        /// Which.
+        from: VolumeId,
+        /// The directory.
+        to: F,
+        /// What the copy may take.
+        spec: VolumeSpec,
+    },
     /// The whole intent has been told: accept connections. Until then the kernel holds them, so
     /// that a restart answers late and not wrongly.
     Open,
@@ -95,6 +124,8 @@ pub enum ToData<F = File> {
         /// CPU time of control and of the children that it has waited for.
         control_cpu_ns: u64,
     },
+    /// The answer to a question of data's ([`FromData::Asks`]). It is answered by nothing.
+    Answer(Answer),
     /// The ingress has another certificate from now on.
     Certificate(Pem),
     /// Accept no connection any more, finish what runs until the deadline, then answer.
@@ -143,6 +174,8 @@ pub struct ServiceIntent<F = File> {
     /// names only. The service is refused when one with a share cannot be loaded; others are left
     /// out.
     pub versions: Vec<IntendedVersion<F>>,
+    /// The volumes that `spec` mounts, in its order.
+    pub mounts: Vec<VolumeId>,
 }
 
 /// A version to keep ready.
@@ -185,7 +218,35 @@ impl<F> ToData<F> {
     ) -> Result<ToData<G>, E> {
         Ok(match self {
             Self::Service(intent) => ToData::Service(Box::new(intent.map_files(change)?)),
-            Self::Tenant { id, name, spec } => ToData::Tenant { id, name, spec },
+            Self::Tenant {
+                id,
+                name,
+                spec,
+                promised,
+            } => ToData::Tenant {
+                id,
+                name,
+                spec,
+                promised,
+            },
+            Self::Volume {
+                id,
+                tenant,
+                spec,
+                directory,
+            } => ToData::Volume {
+                id,
+                tenant,
+                spec,
+                directory: change(directory)?,
+            },
+            Self::DropVolume(id) => ToData::DropVolume(id),
+            Self::CopyVolume { from, to, spec } => ToData::CopyVolume {
+                from,
+                to: change(to)?,
+                spec,
+            },
+            Self::Answer(answer) => ToData::Answer(answer),
             Self::DropTenant(id) => ToData::DropTenant(id),
             Self::DropService(id) => ToData::DropService(id),
             Self::Open => ToData::Open,
@@ -222,6 +283,7 @@ impl<F> ServiceIntent<F> {
             spec: self.spec,
             traffic: self.traffic,
             versions,
+            mounts: self.mounts,
         })
     }
 }
@@ -268,8 +330,51 @@ pub enum FromData {
         /// What was counted.
         collected: Box<Collected>,
     },
+    /// It wants to know what only a process with files can.
+    Asks {
+        /// Comes back with the [`Answer`].
+        id: u64,
+        /// Whose work it is.
+        tenant: TenantId,
+        /// What.
+        question: Question,
+    },
     /// Lines that guests wrote, and what the host has to say about their requests.
     Logs(Vec<LogRecord>),
+}
+
+/// What guests' requests need and the data process cannot find out: it opens no file of the system.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Question {
+    /// The addresses of a name, as the system resolves it.
+    Addresses {
+        /// The name.
+        name: String,
+        /// The port that they are wanted with.
+        port: u16,
+    },
+    /// The certificates that the system trusts.
+    Roots,
+}
+
+/// The answer to a question.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Answer {
+    /// Of the question.
+    pub id: u64,
+    /// CPU time that it took, which whoever asked pays for.
+    pub cpu_ns: u64,
+    /// What was found out, or why nothing was.
+    pub found: Result<Found, String>,
+}
+
+/// What was found out.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Found {
+    /// Each once.
+    Addresses(Vec<SocketAddr>),
+    /// In DER.
+    Roots(Vec<Vec<u8>>),
 }
 
 /// Why data did not apply a command.
@@ -289,6 +394,12 @@ pub enum Refusal {
         /// What was wrong with it.
         reason: String,
     },
+    /// The intent names a volume that data does not know.
+    #[error("volume {0} is not known to the data plane")]
+    UnknownVolume(VolumeId),
+    /// A volume could not be copied.
+    #[error("the volume was not copied: {0}")]
+    Storage(String),
     /// The tenant's envelope does not fit the host.
     #[error("the tenant's envelope does not fit: {0}")]
     Envelope(String),
@@ -304,6 +415,8 @@ pub struct Collected {
     pub versions: Vec<VersionDelta>,
     /// Services whose artefact could not be loaded any more when a request came. Each is told once.
     pub broken: Vec<(TenantName, ServiceName)>,
+    /// What each volume takes that was counted.
+    pub volumes: Vec<(VolumeId, Usage)>,
     /// The data plane's families, in the Prometheus text format, where they were asked for.
     pub metrics: Option<String>,
 }

@@ -21,6 +21,7 @@ use crate::messages::DataEvent;
 use crate::process::keeper::{self, DataSpec, Keeper};
 use crate::state::DataDir;
 use crate::state::dir::DataDirError;
+use crate::storage::has_openat2;
 use crate::tls::{self, Certificate, TlsError, TlsFiles, Use};
 
 /// The file with the key that seals artefacts.
@@ -31,6 +32,12 @@ const ROOT_DIR: &str = "empty";
 /// Why the host did not start.
 #[derive(Debug, thiserror::Error)]
 pub enum StartError {
+    /// The kernel cannot resolve a path below a directory in one step.
+    #[error(
+        "this kernel has no openat2 (Linux 5.6), or a sandbox refuses it: tenants' files could not be \
+         kept apart"
+    )]
+    NoOpenat2,
     /// The data directory.
     #[error(transparent)]
     DataDir(#[from] DataDirError),
@@ -120,10 +127,16 @@ impl Host {
             ingress: dup(&listeners.ingress)?,
             admin: listeners.admin.try_clone().map_err(StartError::Listeners)?,
         };
-        let key = artefact_key(&directory).map_err(StartError::Key)?;
+        let root = directory.dir().map_err(StartError::Key)?;
+        if !has_openat2(&root) {
+            return Err(StartError::NoOpenat2);
+        }
+        let key = directory.key(KEY_FILE).map_err(StartError::Key)?;
         let seal: Seal = {
             let key = ArtefactKey::from_bytes(key);
-            Arc::new(move |digest, artefact| artefact::seal(&key, digest, artefact))
+            Arc::new(move |digest, artefact| {
+                artefact::seal(&key, digest, artefact).map(|head| head.to_vec())
+            })
         };
         let (data, events) = keeper::start(
             DataSpec {
@@ -139,6 +152,7 @@ impl Host {
                 root: std::path::absolute(&config.data_dir)
                     .and_then(|data| empty_root(&data))
                     .map_err(StartError::Root)?,
+                outbound_networks: config.outbound_networks.clone(),
             },
             listeners.ingress,
         )?;
@@ -334,21 +348,6 @@ impl Drop for Heir {
             tracing::error!("the thread that waits for the last host panicked");
         }
     }
-}
-
-/// The key that seals artefacts, made at the first start.
-fn artefact_key(directory: &DataDir) -> std::io::Result<[u8; 32]> {
-    if let Some(key) = directory.read(KEY_FILE)? {
-        return key.try_into().map_err(|_| {
-            std::io::Error::other(format!(
-                "{KEY_FILE} is not 32 bytes; delete it, and everything is compiled again"
-            ))
-        });
-    }
-    let mut key = [0; 32];
-    getrandom::fill(&mut key).map_err(std::io::Error::other)?;
-    directory.write_secret(KEY_FILE, &key)?;
-    Ok(key)
 }
 
 /// A directory that is empty and stays so: nobody may write there, and the data process, which has

@@ -26,7 +26,7 @@ use std::time::Duration;
 use insula_types::{Outcome, ServiceName, TenantName};
 
 use crate::cells::{Count, Histogram, Integral};
-use crate::labels::{Direction, InstanceState, Kind, MemoryRefusal, ShedReason};
+use crate::labels::{Direction, InstanceState, Kind, MemoryRefusal, OutboundResult, ShedReason};
 
 mod expose;
 
@@ -113,9 +113,15 @@ pub struct TenantMetrics {
     /// [`NO_LIMIT`] while there is none.
     memory_limit_bytes: AtomicU64,
     memory_refusals: [Count; MemoryRefusal::ALL.len()],
+    /// [`NO_LIMIT`] while there is no volume.
+    storage_bytes: AtomicU64,
+    /// [`NO_LIMIT`] while there is none.
+    storage_limit_bytes: AtomicU64,
     has_machines: AtomicBool,
     log_lines_dropped: Count,
     edge: Edge,
+    outbound: [Count; OutboundResult::ALL.len()],
+    outbound_bytes: [Count; Direction::ALL.len()],
 }
 
 /// The memory limit of a tenant of which none is known.
@@ -291,9 +297,13 @@ impl Default for TenantMetrics {
             memory_integral: Default::default(),
             memory_limit_bytes: AtomicU64::new(NO_LIMIT),
             memory_refusals: Default::default(),
+            storage_bytes: AtomicU64::new(NO_LIMIT),
+            storage_limit_bytes: AtomicU64::new(NO_LIMIT),
             has_machines: AtomicBool::new(false),
             log_lines_dropped: Count::default(),
             edge: Edge::default(),
+            outbound: Default::default(),
+            outbound_bytes: Default::default(),
         }
     }
 }
@@ -346,6 +356,17 @@ impl TenantMetrics {
             .store(limit_bytes.unwrap_or(NO_LIMIT), Relaxed);
     }
 
+    /// Sets what the tenant's volumes take; `None` takes the series away.
+    pub fn set_storage(&self, bytes: Option<u64>) {
+        self.storage_bytes.store(bytes.unwrap_or(NO_LIMIT), Relaxed);
+    }
+
+    /// Sets the tenant's storage limit; `None` takes the series away.
+    pub fn set_storage_limit(&self, limit_bytes: Option<u64>) {
+        self.storage_limit_bytes
+            .store(limit_bytes.unwrap_or(NO_LIMIT), Relaxed);
+    }
+
     /// How often so far memory was refused by a limit of the tenant's own, and by the host.
     pub fn raise_memory_refusals_to(&self, limit: u64, host: u64) {
         self.memory_refusals[MemoryRefusal::Limit.index()].raise_to(limit);
@@ -360,6 +381,16 @@ impl TenantMetrics {
     /// Counts bytes of heads and bodies.
     pub fn add_ingress_bytes(&self, direction: Direction, bytes: u64) {
         self.edge.bytes[direction.index()].add(bytes);
+    }
+
+    /// Counts a request that a guest sent: once, when its answer's head is there or will not come.
+    pub fn outbound_ended(&self, result: OutboundResult) {
+        self.outbound[result.index()].add(1);
+    }
+
+    /// Counts bytes of heads and bodies that guests exchange with others.
+    pub fn add_outbound_bytes(&self, direction: Direction, bytes: u64) {
+        self.outbound_bytes[direction.index()].add(bytes);
     }
 
     /// Counts log lines that were not kept.

@@ -81,6 +81,31 @@ label!(
     }
 );
 label!(
+    /// What became of a request that a guest sent.
+    OutboundResult {
+        /// The head of an answer came.
+        Ok = "ok",
+        /// Not on the service's list, or no request for the world.
+        Denied = "denied",
+        /// On the list, at an address that is closed.
+        Prohibited = "prohibited",
+        /// Too many are on their way.
+        Limited = "limited",
+        /// The name could not be resolved.
+        Dns = "dns",
+        /// No connection.
+        Connect = "connect",
+        /// No TLS.
+        Tls = "tls",
+        /// Nothing came in time.
+        Timeout = "timeout",
+        /// What came was no HTTP, or not all of it.
+        Protocol = "protocol",
+        /// The guest went away before the head came.
+        Abandoned = "abandoned",
+    }
+);
+label!(
     /// What an instance is doing.
     InstanceState {
         /// Being instantiated; the handler is not entered yet.

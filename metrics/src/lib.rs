@@ -25,5 +25,5 @@ mod page;
 
 pub use control::{BuildInfo, ControlMetrics};
 pub use data::{DataMetrics, InstanceGuard, ServiceMetrics, TenantMetrics, Unrouted};
-pub use labels::{Direction, InstanceState, Kind, ShedReason};
+pub use labels::{Direction, InstanceState, Kind, OutboundResult, ShedReason};
 pub use page::CONTENT_TYPE;

@@ -37,6 +37,7 @@ pub struct Plan {
     args: Vec<String>,
     env: Vec<(String, OsString)>,
     data: Option<PathBuf>,
+    through: Option<PathBuf>,
     place: fn() -> Place,
 }
 
@@ -63,6 +64,13 @@ impl Plan {
         self
     }
 
+    /// A program that is given the host's program and arguments, and becomes that.
+    #[must_use]
+    pub fn through(mut self, program: impl Into<PathBuf>) -> Self {
+        self.through = Some(program.into());
+        self
+    }
+
     /// Starts it in a data directory of its own.
     #[must_use]
     pub fn start(self) -> TestHost {
@@ -81,12 +89,19 @@ pub struct TestHost {
 struct Shared {
     /// The data directory, and that of run files, by which the host can be found by its user.
     root: TempDir,
-    args: Vec<String>,
-    env: Vec<(String, OsString)>,
+    start: Start,
     process: Mutex<Option<Process>>,
     /// What hosts of this directory that are gone have said.
     said: Mutex<String>,
     _place: Place,
+}
+
+/// How its process is started, again and again.
+#[derive(Debug)]
+struct Start {
+    args: Vec<String>,
+    env: Vec<(String, OsString)>,
+    through: Option<PathBuf>,
 }
 
 #[derive(Debug)]
@@ -116,6 +131,7 @@ impl TestHost {
             args: Vec::new(),
             env: Vec::new(),
             data: None,
+            through: None,
             place: alone::shared,
         };
         plan.arg("--workers", 2)
@@ -133,7 +149,11 @@ impl TestHost {
 
     fn launch(plan: Plan, place: Place) -> Self {
         let Plan {
-            args, env, data, ..
+            args,
+            env,
+            data,
+            through,
+            ..
         } = plan;
         let root = TempDir::with_prefix("insula-test-").expect("a temporary directory");
         fs::create_dir(root.path().join(RUN)).expect("a directory");
@@ -142,13 +162,12 @@ impl TestHost {
         }
         let shared = Shared {
             root,
-            args,
-            env,
+            start: Start { args, env, through },
             process: Mutex::new(None),
             said: Mutex::default(),
             _place: place,
         };
-        let process = Process::start(shared.root.path(), &shared.args, &shared.env);
+        let process = Process::start(shared.root.path(), &shared.start);
         *lock(&shared.process) = Some(process);
         Self {
             shared: Arc::new(shared),
@@ -283,7 +302,8 @@ impl TestHost {
     }
 
     /// The processes that a host is made of.
-    fn pids(&self) -> [u32; 2] {
+    #[must_use]
+    pub fn pids(&self) -> [u32; 2] {
         [self.pid(), self.data_pid()]
     }
 
@@ -317,6 +337,23 @@ impl TestHost {
             kib.expect("proc(5)")
         });
         kib.iter().sum::<u64>() * 1024
+    }
+
+    /// Threads of the host's processes.
+    ///
+    /// # Panics
+    /// When they cannot be counted.
+    #[must_use]
+    pub fn threads(&self) -> usize {
+        let threads = |pid| fs::read_dir(format!("/proc/{pid}/task")).expect("proc(5)");
+        self.pids().map(|pid| threads(pid).count()).iter().sum()
+    }
+
+    /// Mappings of the host's processes.
+    #[must_use]
+    pub fn mappings(&self) -> usize {
+        let mappings = |pid| proc_file(pid, "maps").lines().count();
+        self.pids().map(mappings).iter().sum()
     }
 
     /// Open files of the host's processes.
@@ -388,8 +425,18 @@ impl TestHost {
 
     /// Starts a host that has ended again, on the same data.
     pub fn start_again(&self) {
-        let process = Process::start(self.shared.root.path(), &self.shared.args, &self.shared.env);
+        let process = Process::start(self.shared.root.path(), &self.shared.start);
         *lock(&self.shared.process) = Some(process);
+    }
+
+    /// Starts a host that has ended again, if it can.
+    ///
+    /// # Errors
+    /// What it said, when it ended instead.
+    pub fn try_start_again(&self) -> Result<(), String> {
+        let process = Process::try_start(self.shared.root.path(), &self.shared.start)?;
+        *lock(&self.shared.process) = Some(process);
+        Ok(())
     }
 
     /// Starts a host that has ended again, and kills it after some time, whatever it is at.
@@ -398,7 +445,7 @@ impl TestHost {
     /// When it ended by itself before.
     pub fn kill_while_it_starts(&self, after: Duration) {
         let shared = &self.shared;
-        let (mut process, _stdout) = Process::spawn(shared.root.path(), &shared.args, &shared.env);
+        let (mut process, _stdout) = Process::spawn(shared.root.path(), &shared.start);
         std::thread::sleep(after);
         let ended = process.child.try_wait().expect("a child");
         process.signal(Signal::KILL);
@@ -413,7 +460,7 @@ impl TestHost {
     /// When either does not do its part.
     pub fn upgrade(&self) {
         let shared = &self.shared;
-        let next = Process::start(shared.root.path(), &shared.args, &shared.env);
+        let next = Process::start(shared.root.path(), &shared.start);
         let mut last = lock(&shared.process)
             .replace(next)
             .expect("a host that runs");
@@ -469,20 +516,30 @@ fn data_process_of(control: u32) -> Option<u32> {
 
 impl Process {
     /// Starts a host and waits until it says that it is ready.
-    fn start(root: &Path, args: &[String], env: &[(String, OsString)]) -> Self {
-        let (mut process, stdout) = Self::spawn(root, args, env);
+    fn start(root: &Path, start: &Start) -> Self {
+        Self::try_start(root, start).unwrap_or_else(|said| panic!("the host did not start {said}"))
+    }
+
+    /// The same; where it ended instead, how it did and what it said.
+    fn try_start(root: &Path, start: &Start) -> Result<Self, String> {
+        let (mut process, stdout) = Self::spawn(root, start);
         match announced(stdout) {
             Some((ingress, admin)) => (process.ingress, process.admin) = (ingress, admin),
             None => {
                 let status = process.wait(START_WITHIN);
-                panic!("the host did not start ({status}):\n{}", lock(&process.log));
+                return Err(format!("({status}):\n{}", lock(&process.log)));
             }
         }
-        process
+        Ok(process)
     }
 
-    fn spawn(root: &Path, args: &[String], env: &[(String, OsString)]) -> (Self, ChildStdout) {
-        let mut command = Command::new(guests::insula());
+    fn spawn(root: &Path, start: &Start) -> (Self, ChildStdout) {
+        let Start { args, env, through } = start;
+        let insula = guests::insula();
+        let mut command = Command::new(through.as_ref().unwrap_or(&insula));
+        if through.is_some() {
+            command.arg(&insula);
+        }
         command.arg("serve").arg("--data").arg(root.join(DATA));
         command.env("XDG_RUNTIME_DIR", root.join(RUN));
         for listener in ["--listen", "--admin"] {

@@ -133,6 +133,11 @@ name_type!(
     check_label
 );
 name_type!(
+    /// The name of a volume within its tenant.
+    VolumeName,
+    check_label
+);
+name_type!(
     /// The name of an image: a kernel, an initial ramdisk, a disk.
     ImageName,
     check_dotted
@@ -175,6 +180,10 @@ id_type!(
 id_type!(
     /// Identifies a service for as long as the data directory lives; never reused.
     ServiceId
+);
+id_type!(
+    /// Identifies a volume for as long as the data directory lives; never reused.
+    VolumeId
 );
 id_type!(
     /// Identifies a machine for as long as the data directory lives; never reused.

@@ -11,9 +11,11 @@ use std::num::NonZeroU32;
 
 use serde::{Deserialize, Serialize};
 
+use crate::outbound::{OUTBOUND_MAX, OutboundRule};
 use crate::quantity::{Bytes, Fuel, Millicores, Millis, Shares};
 use crate::rollback::AutoRollback;
 use crate::traffic::StickyHeader;
+use crate::volume::{self, Mount};
 
 /// Everything that is wrong with a spec, each with the path of its field.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
@@ -409,6 +411,10 @@ pub struct ServiceSpec {
     pub env: BTreeMap<String, String>,
     /// Hosts and paths beside `<service>.<tenant>.<domain>`.
     pub routes: Vec<Route>,
+    /// What its guests keep, and where they find it.
+    pub volumes: Vec<Mount>,
+    /// Where its guests may send HTTP requests to.
+    pub outbound: Vec<OutboundRule>,
     /// Whether answers carry `insula-usage`.
     pub usage_header: bool,
     /// The header that decides which version a client gets while traffic is split; absent: each
@@ -439,8 +445,8 @@ struct RawServiceSpec {
     limits: RawLimits,
     env: BTreeMap<String, String>,
     routes: Vec<Route>,
-    volumes: Vec<serde::de::IgnoredAny>,
-    outbound: Vec<serde::de::IgnoredAny>,
+    volumes: Vec<Mount>,
+    outbound: Vec<String>,
     usage_header: bool,
     sticky_header: Option<StickyHeader>,
     auto_rollback: Option<AutoRollback>,
@@ -495,28 +501,36 @@ impl TryFrom<RawServiceSpec> for ServiceSpec {
                 format_args!("at most {ROUTES_MAX}, {} given", raw.routes.len()),
             );
         }
-        if !raw.volumes.is_empty() {
-            errors.push(
-                "volumes",
-                "this version of insula has no volumes yet; leave it empty",
-            );
-        }
-        if !raw.outbound.is_empty() {
-            errors.push(
-                "outbound",
-                "this version of insula allows no outbound HTTP yet; leave it empty",
-            );
-        }
+        volume::check(&mut errors, &raw.volumes);
+        let outbound = check_outbound(&mut errors, &raw.outbound);
         errors.into_result(Self {
             limits,
             env: raw.env,
             routes: raw.routes,
+            volumes: raw.volumes,
+            outbound,
             usage_header: raw.usage_header,
             sticky_header: raw.sticky_header,
             auto_rollback: raw.auto_rollback.unwrap_or_default(),
             reuse: raw.reuse,
         })
     }
+}
+
+fn check_outbound(errors: &mut SpecErrors, given: &[String]) -> Vec<OutboundRule> {
+    if given.len() > OUTBOUND_MAX {
+        let count = given.len();
+        errors.push(
+            "outbound",
+            format_args!("at most {OUTBOUND_MAX}, {count} given"),
+        );
+    }
+    let rules = given.iter().take(OUTBOUND_MAX);
+    let rules = rules.filter_map(|text| {
+        let rule = text.parse::<OutboundRule>();
+        rule.map_err(|error| errors.push("outbound", error)).ok()
+    });
+    rules.collect()
 }
 
 fn check_env(errors: &mut SpecErrors, env: &BTreeMap<String, String>) {
@@ -569,12 +583,14 @@ mod tests {
     fn the_contracts_service() {
         let json = r#"{"limits":{"memory":"64MiB","fuel":1000000000,"timeout":"30s",
             "request_body":"10MiB"},"env":{"K":"V"},"routes":["api.example.com/v2/*"],
-            "volumes":[],"outbound":[],"usage_header":false}"#;
+            "volumes":[{"name":"data","path":"/data"}],"outbound":["https://API.example.com:443"],"usage_header":false}"#;
         let spec: ServiceSpec = serde_json::from_str(json).unwrap();
         assert_eq!(spec.limits, RequestLimits::default());
         let printed = serde_json::to_value(&spec).unwrap();
         assert_eq!(printed["limits"]["timeout_ms"], 30_000);
         assert_eq!(printed["routes"][0], "api.example.com/v2/*");
+        assert_eq!(printed["outbound"][0], "https://api.example.com");
+        assert_eq!(printed["volumes"][0]["mode"], "rw");
         let again: ServiceSpec = serde_json::from_value(printed).unwrap();
         assert_eq!(again, spec, "what was read can be written back");
     }
@@ -607,8 +623,7 @@ mod tests {
         ] {
             assert!(error.contains(path), "{path} is missing in {error}");
         }
-        let json =
-            r#"{"env":{"A=B":"x"},"volumes":[1],"outbound":["https://x"],"limits":{"memory":1}}"#;
+        let json = r#"{"env":{"A=B":"x"},"volumes":[{"name":"a","path":"/a"},{"name":"a","path":"/b"}],"outbound":["https://x/"],"limits":{"memory":1}}"#;
         let error = serde_json::from_str::<ServiceSpec>(json)
             .unwrap_err()
             .to_string();

@@ -61,6 +61,7 @@ const FENCED: [Fenced; 4] = [
         homes: &[
             "host/src/ingress",
             "host/src/control",
+            "host/src/outbound",
             "cli/src/client.rs",
             "cli/src/client",
         ],
@@ -71,7 +72,11 @@ const FENCED: [Fenced; 4] = [
     },
     Fenced {
         roots: &["rustls", "tokio_rustls", "rustls_native_certs"],
-        homes: &["host/src/tls.rs", "cli/src/tls.rs"],
+        homes: &[
+            "host/src/tls.rs",
+            "host/src/outbound/tls.rs",
+            "cli/src/tls.rs",
+        ],
     },
 ];
 

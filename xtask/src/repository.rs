@@ -58,10 +58,18 @@ pub(crate) fn metadata(root: &Path, flags: &[&str]) -> Result<Value> {
     Ok(serde_json::from_slice(&output.stdout)?)
 }
 
-/// The Cargo that runs us, in `dir`.
+/// The Cargo that runs us, in `dir`, as if it was called by hand.
 pub(crate) fn cargo(dir: &Path) -> Command {
     let program = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
     let mut command = Command::new(program);
     command.current_dir(dir);
+    // What Cargo tells us about ourselves. Build scripts of dependencies ask for it, and are run
+    // again where it is not as it was: half a build, each time after one by hand.
+    for (name, _) in std::env::vars_os() {
+        let text = name.to_string_lossy();
+        if text.starts_with("CARGO_PKG_") || text.starts_with("CARGO_MANIFEST_") {
+            command.env_remove(name);
+        }
+    }
     command
 }

@@ -1,5 +1,5 @@
 //! Programs of others that tests use: Prometheus and its `promtool`, componentize-py, an OpenAPI
-//! validator. Fetched into `target/tools` when they are not there; nothing is installed
+//! validator, Schemathesis. Fetched into `target/tools` when they are not there; nothing is installed
 //! system-wide but what Python lacks to make a virtual environment, and that only as root.
 //! What cannot be had is a reason that the tests which need it print as they skip.
 
@@ -20,14 +20,15 @@ type Found = Result<PathBuf, String>;
 pub(crate) struct Tools {
     promtool: Found,
     prometheus: Found,
-    /// A Python environment with componentize-py and openapi-spec-validator.
+    /// A Python environment with [`PYTHON_PACKAGES`].
     venv: Found,
 }
 
-const PYTHON_PACKAGES: [&str; 3] = [
+const PYTHON_PACKAGES: [&str; 4] = [
     "componentize-py",
     "openapi-spec-validator",
     "grafana-foundation-sdk",
+    "schemathesis>=4,<5",
 ];
 
 impl Tools {
@@ -115,7 +116,8 @@ fn fetch_prometheus(dir: &Path) -> Result<(), String> {
 fn fetch_venv(dir: &Path) -> Found {
     let python = dir.join("bin/python");
     let complete = || {
-        let code = "import componentize_py, openapi_spec_validator, grafana_foundation_sdk";
+        let code = "import componentize_py, openapi_spec_validator, grafana_foundation_sdk, \
+            schemathesis";
         answers(Command::new(&python).args(["-c", code]))
     };
     if complete() {

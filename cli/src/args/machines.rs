@@ -155,6 +155,16 @@ pub(crate) enum MachinesVerb {
     Resume(OneMachine),
     /// Press its reset button
     Reset(OneMachine),
+    /// Save it, memory and disks, in the place of its snapshot before
+    Snapshot(OneMachine),
+    /// Let it go on from its snapshot, or from another machine's, as a clone of that
+    Restore {
+        #[command(flatten)]
+        one: OneMachine,
+        /// Whose snapshot: a machine of the same tenant, with the same processors, memory and disks
+        #[arg(long, value_name = "MACHINE")]
+        from: Option<MachineName>,
+    },
     /// Sit down at its console; Ctrl-] leaves
     Console {
         #[arg(value_name = "TENANT/MACHINE")]

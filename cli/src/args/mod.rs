@@ -8,14 +8,14 @@ use std::path::PathBuf;
 use std::str::FromStr;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
-use insula_types::{ServiceName, TenantName};
+use insula_types::{ServiceName, TenantName, VolumeName};
 
 pub(crate) use machines::{
     ImagesVerb, MachinePatch, MachineRef, MachinesVerb, MonitorArgs, OneMachine,
 };
 pub(crate) use resources::{
     LogsArgs, RollbackArgs, ServicesVerb, TenantsVerb, TokensVerb, TopArgs, TrafficArgs, UsageArgs,
-    VersionsVerb,
+    VersionsVerb, VolumesVerb,
 };
 pub(crate) use work::{
     BackupArgs, BuildArgs, CompileArgs, DataPlaneArgs, DeployArgs, DoctorArgs, NewArgs,
@@ -53,6 +53,9 @@ pub(crate) enum Verb {
     /// Look at services and change them
     #[command(subcommand, visible_alias = "service")]
     Services(ServicesVerb),
+    /// Look at volumes and change them
+    #[command(subcommand, visible_alias = "volume")]
+    Volumes(VolumesVerb),
     /// Look at the versions of a service
     #[command(subcommand, visible_alias = "version")]
     Versions(VersionsVerb),
@@ -174,6 +177,39 @@ impl ServiceRef {
 impl std::fmt::Display for ServiceRef {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         write!(f, "{}/{}", self.tenant, self.service)
+    }
+}
+
+/// A volume, written `TENANT/VOLUME`.
+#[derive(Debug, Clone)]
+pub(crate) struct VolumeRef {
+    pub(crate) tenant: TenantName,
+    pub(crate) volume: VolumeName,
+}
+
+impl VolumeRef {
+    pub(crate) fn path(&self) -> String {
+        format!("/v1/tenants/{}/volumes/{}", self.tenant, self.volume)
+    }
+}
+
+impl FromStr for VolumeRef {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let (tenant, volume) = text
+            .split_once('/')
+            .ok_or_else(|| "write it as TENANT/VOLUME".to_owned())?;
+        Ok(Self {
+            tenant: tenant.parse().map_err(|error| format!("tenant: {error}"))?,
+            volume: volume.parse().map_err(|error| format!("volume: {error}"))?,
+        })
+    }
+}
+
+impl std::fmt::Display for VolumeRef {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{}/{}", self.tenant, self.volume)
     }
 }
 

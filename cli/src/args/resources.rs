@@ -1,9 +1,9 @@
 //! The verbs that look at what a host keeps, and change it.
 
 use clap::{Args, Subcommand, ValueEnum};
-use insula_types::{Millis, TenantName};
+use insula_types::{Bytes, Millis, TenantName, VolumeName};
 
-use super::{Connection, Look, ServiceRef};
+use super::{Connection, Look, ServiceRef, VolumeRef};
 use crate::resources::set::{ServicePatch, TenantPatch};
 
 #[derive(Debug, Subcommand)]
@@ -30,6 +30,64 @@ pub(crate) enum TenantsVerb {
     #[command(visible_alias = "rm")]
     Delete {
         tenant: TenantName,
+        #[command(flatten)]
+        connection: Connection,
+    },
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum VolumesVerb {
+    /// The volumes of a tenant, and what they take
+    #[command(visible_alias = "ls")]
+    List {
+        tenant: TenantName,
+        #[command(flatten)]
+        look: Look,
+    },
+    /// One volume, and what it takes
+    #[command(visible_alias = "get")]
+    Show {
+        #[arg(value_name = "TENANT/VOLUME")]
+        volume: VolumeRef,
+        #[command(flatten)]
+        look: Look,
+    },
+    /// Create a volume, or change how much it holds
+    Set {
+        #[arg(value_name = "TENANT/VOLUME")]
+        volume: VolumeRef,
+        /// Bytes, such as 1GiB
+        #[arg(long)]
+        size: Option<Bytes>,
+        /// Files, directories and links
+        #[arg(long)]
+        inodes: Option<u64>,
+        #[command(flatten)]
+        look: Look,
+    },
+    /// Make a volume of what another one holds now, to be read only
+    Snapshot {
+        #[arg(value_name = "TENANT/VOLUME")]
+        volume: VolumeRef,
+        /// The new volume's name
+        name: VolumeName,
+        #[command(flatten)]
+        look: Look,
+    },
+    /// Make a volume of what another one holds now
+    Clone {
+        #[arg(value_name = "TENANT/VOLUME")]
+        volume: VolumeRef,
+        /// The new volume's name
+        name: VolumeName,
+        #[command(flatten)]
+        look: Look,
+    },
+    /// Delete a volume and all that is in it
+    #[command(visible_alias = "rm")]
+    Delete {
+        #[arg(value_name = "TENANT/VOLUME")]
+        volume: VolumeRef,
         #[command(flatten)]
         connection: Connection,
     },

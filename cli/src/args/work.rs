@@ -72,6 +72,10 @@ pub(crate) struct ServeArgs {
     /// The largest request body of any service [default: 1GiB]
     #[arg(long, env = "INSULA_MAX_REQUEST_BODY", value_name = "BYTES")]
     pub(crate) max_request_body: Option<String>,
+    /// Networks beside the Internet that guests may send requests to, such as 10.1.0.0/16,fd00::/8
+    /// [default: none]
+    #[arg(long, env = "INSULA_OUTBOUND_NETWORKS", value_name = "CIDR,…")]
+    pub(crate) outbound_networks: Option<String>,
     /// Of this machine's memory, what running machines may be promised together, in percent; more
     /// than 100 promises what is not there [default: 80]
     #[arg(long, env = "INSULA_MACHINE_MEMORY_PERCENT", value_name = "PERCENT")]

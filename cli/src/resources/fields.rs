@@ -62,8 +62,32 @@ pub(super) const SERVICE: &[Field] = &[
     ),
     Field::new("env", &["/env"], Kind::Plain),
     Field::new("routes", &["/routes"], Kind::Plain),
+    Field::new("volumes", &["/volumes"], Kind::Plain),
+    Field::new("outbound", &["/outbound"], Kind::Plain),
     Field::new("usage header", &["/usage_header"], Kind::Plain),
     Field::new("requests of an instance", &["/reuse/requests"], Kind::Plain),
+    Field::new("created", &["/created_at"], Kind::Plain),
+];
+
+pub(super) const VOLUMES: &[Field] = &[
+    Field::new("NAME", &["/name"], Kind::Plain),
+    Field::new("USED", &["/used_bytes"], Kind::Bytes),
+    Field::new("SIZE", &["/size_bytes"], Kind::Bytes),
+    Field::new("USED INODES", &["/used_inodes"], Kind::Plain),
+    Field::new("INODES", &["/inodes"], Kind::Plain),
+    Field::new("READ ONLY", &["/read_only"], Kind::Plain),
+    Field::new("FROM", &["/origin"], Kind::Plain),
+];
+
+pub(super) const VOLUME: &[Field] = &[
+    Field::new("name", &["/name"], Kind::Plain),
+    Field::new("tenant", &["/tenant"], Kind::Plain),
+    Field::new("size", &["/size_bytes"], Kind::Bytes),
+    Field::new("used", &["/used_bytes"], Kind::Bytes),
+    Field::new("inodes", &["/inodes"], Kind::Plain),
+    Field::new("used inodes", &["/used_inodes"], Kind::Plain),
+    Field::new("read only", &["/read_only"], Kind::Plain),
+    Field::new("from", &["/origin"], Kind::Plain),
     Field::new("created", &["/created_at"], Kind::Plain),
 ];
 

@@ -4,11 +4,12 @@ mod fields;
 pub(crate) mod set;
 
 use anyhow::Result;
+use insula_types::VolumeName;
 use serde_json::{Map, Value, json};
 
 use crate::args::{
     Format, Look, RollbackArgs, ServiceRef, ServicesVerb, TenantsVerb, TokensVerb, TrafficArgs,
-    UsageArgs, VersionsVerb,
+    UsageArgs, VersionsVerb, VolumesVerb,
 };
 use crate::client::Client;
 use crate::output::{self, Field};
@@ -65,6 +66,50 @@ pub(crate) async fn services(verb: ServicesVerb) -> Result<()> {
             Ok(())
         }
     }
+}
+
+pub(crate) async fn volumes(verb: VolumesVerb) -> Result<()> {
+    match verb {
+        VolumesVerb::List { tenant, look } => {
+            let path = format!("/v1/tenants/{tenant}/volumes");
+            list(&look, &path, fields::VOLUMES).await
+        }
+        VolumesVerb::Show { volume, look } => show(&look, &volume.path(), fields::VOLUME).await,
+        VolumesVerb::Set {
+            volume,
+            size,
+            inodes,
+            look,
+        } => {
+            put(&look, &volume.path(), fields::VOLUME, |mut spec| {
+                if let Some(size) = size {
+                    spec["size_bytes"] = json!(size);
+                }
+                if let Some(inodes) = inodes {
+                    spec["inodes"] = json!(inodes);
+                }
+                Ok(spec)
+            })
+            .await
+        }
+        VolumesVerb::Snapshot { volume, name, look } => {
+            copy(&look, &format!("{}/snapshot", volume.path()), &name).await
+        }
+        VolumesVerb::Clone { volume, name, look } => {
+            copy(&look, &format!("{}/clone", volume.path()), &name).await
+        }
+        VolumesVerb::Delete { volume, connection } => {
+            Client::new(&connection)?.delete(&volume.path()).await?;
+            output::note(&format!("deleted volume {volume}"));
+            Ok(())
+        }
+    }
+}
+
+async fn copy(look: &Look, path: &str, name: &VolumeName) -> Result<()> {
+    let client = Client::new(&look.connection)?;
+    let answer = client.post(path, &json!({"name": name})).await?.json()?;
+    output::object(look.output, fields::VOLUME, &answer)
 }
 
 pub(crate) async fn versions(verb: VersionsVerb) -> Result<()> {

@@ -6,7 +6,9 @@ use std::str::FromStr;
 
 use anyhow::{Context, Result};
 use clap::Args;
+use insula_types::outbound::OutboundRule;
 use insula_types::spec::Route;
+use insula_types::volume::{Mount, MountMode, MountPath};
 use insula_types::{Bytes, Fuel, Millicores, Millis, Shares};
 use serde_json::{Map, Value, json};
 
@@ -125,6 +127,20 @@ pub(crate) struct ServicePatch {
     /// Answer on no routes but the service's own name
     #[arg(long, conflicts_with = "route")]
     no_routes: bool,
+    /// A volume and where guests find it, such as data:/data, or data:/data:ro; all that are given
+    /// replace all that are there
+    #[arg(long, value_name = "NAME:PATH[:ro]", value_parser = volume)]
+    volume: Vec<Mount>,
+    /// Mount no volumes
+    #[arg(long, conflicts_with = "volume")]
+    no_volumes: bool,
+    /// Where guests may send requests to, such as `https://api.example.com`; all that are given replace
+    /// all that are there
+    #[arg(long, value_name = "ORIGIN", value_parser = outbound)]
+    outbound: Vec<String>,
+    /// Let guests send no requests
+    #[arg(long, conflicts_with = "outbound")]
+    no_outbound: bool,
     /// Whether answers carry `insula-usage`
     #[arg(long)]
     usage_header: Option<bool>,
@@ -152,6 +168,27 @@ fn route(text: &str) -> Result<String, String> {
         .map_err(|error| error.to_string())
 }
 
+fn volume(text: &str) -> Result<Mount, String> {
+    let mut parts = text.split(':');
+    let (name, path) = (parts.next().unwrap_or_default(), parts.next());
+    let path = path.ok_or("write it as NAME:PATH or NAME:PATH:ro")?;
+    let mode = match (parts.next(), parts.next()) {
+        (None, _) | (Some("rw"), None) => MountMode::Rw,
+        (Some("ro"), None) => MountMode::Ro,
+        _ => return Err("the last part is rw or ro".to_owned()),
+    };
+    Ok(Mount {
+        name: name.parse().map_err(|error| format!("{error}"))?,
+        path: MountPath::try_from(path.to_owned()).map_err(|error| error.to_string())?,
+        mode,
+    })
+}
+
+fn outbound(text: &str) -> Result<String, String> {
+    let rule = text.parse::<OutboundRule>();
+    rule.map(String::from).map_err(|error| error.to_string())
+}
+
 impl ServicePatch {
     /// The spec to write, made from the one that is there.
     pub(crate) fn apply(&self, spec: Value) -> Result<Value> {
@@ -174,6 +211,12 @@ impl ServicePatch {
         }
         if self.no_routes || !self.route.is_empty() {
             spec["routes"] = json!(self.route);
+        }
+        if self.no_volumes || !self.volume.is_empty() {
+            spec["volumes"] = json!(self.volume);
+        }
+        if self.no_outbound || !self.outbound.is_empty() {
+            spec["outbound"] = json!(self.outbound);
         }
         if let Some(usage_header) = self.usage_header {
             spec["usage_header"] = json!(usage_header);

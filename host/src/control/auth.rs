@@ -27,6 +27,8 @@ const FAILURES_PER_SECOND: f64 = 5.0;
 pub(crate) enum Need {
     /// Nothing, not even a token.
     Public,
+    /// Nothing where only this machine can ask, else a token of the host: it names every tenant.
+    PublicOnLoopback,
     /// A token of any scope; the handler shows only what that scope may see.
     Any(Access),
     /// A token of the host, or of the tenant in the path.
@@ -153,6 +155,7 @@ pub(crate) fn authorize(
 ) -> Result<(), Problem> {
     let access = match need {
         Need::Public => return Ok(()),
+        Need::PublicOnLoopback => Access::Read,
         Need::Any(access) | Need::Tenant(access) | Need::Host(access) => access,
     };
     if let Scope::Tenant(_, own) = &caller.scope
@@ -160,7 +163,8 @@ pub(crate) fn authorize(
     {
         return Err(Problem::not_found("tenant"));
     }
-    if matches!((need, &caller.scope), (Need::Host(_), Scope::Tenant(..))) {
+    let of_host = matches!(need, Need::Host(_) | Need::PublicOnLoopback);
+    if of_host && matches!(caller.scope, Scope::Tenant(..)) {
         return Err(Problem::new(
             Code::Forbidden,
             "this needs a token of the host",

@@ -9,7 +9,7 @@ use super::Control;
 use super::documents::without_secrets;
 use super::problem::Problem;
 use crate::state::machines::{Image, Machine};
-use crate::state::{Audit, Remembered, Service, Store, StoreError, Tenant, Timestamp};
+use crate::state::{Audit, Remembered, Service, Store, StoreError, Tenant, Timestamp, Volume};
 
 /// Who makes a change.
 #[derive(Debug, Clone)]
@@ -81,6 +81,18 @@ impl Actor {
     ) -> Audit {
         let owner = (service.tenant, service.tenant_name.clone());
         let subject = format!("{}/{}", service.tenant_name, service.name);
+        self.did(Some(owner), subject, before, after)
+    }
+
+    /// Changed a volume.
+    pub(crate) fn volume(
+        &self,
+        volume: &Volume,
+        before: Option<Value>,
+        after: Option<Value>,
+    ) -> Audit {
+        let owner = (volume.tenant, volume.tenant_name.clone());
+        let subject = format!("{}/volumes/{}", volume.tenant_name, volume.name);
         self.did(Some(owner), subject, before, after)
     }
 

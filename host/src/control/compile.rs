@@ -40,6 +40,8 @@ pub(crate) const UPLOADS_MAX: usize = 32;
 const STDERR_MAX_BYTES: usize = 64 << 10;
 /// Largest artefact that is taken from the child.
 const ARTEFACT_MAX_BYTES: u64 = 512 << 20;
+/// How much of an artefact is held while it is copied.
+const COPIED_AT_ONCE: usize = 64 << 10;
 /// The child's exit code for a component at fault.
 const REFUSED: i32 = 3;
 
@@ -64,8 +66,9 @@ impl Default for Compiler {
     }
 }
 
-/// Makes an artefact trustworthy: adds what [`crate::engine::artefact::open`] checks.
-pub type Seal = Arc<dyn Fn(&Digest, &[u8]) -> Vec<u8> + Send + Sync>;
+/// Makes an artefact trustworthy: gives what goes before it, which
+/// [`crate::engine::artefact::open`] checks.
+pub type Seal = Arc<dyn Fn(&Digest, &mut dyn Read) -> std::io::Result<Vec<u8>> + Send + Sync>;
 
 /// Why there is no artefact.
 #[derive(Debug, thiserror::Error)]
@@ -230,16 +233,23 @@ impl Bench {
     fn compile(&self, mut job: CompileJob) -> Result<Compiled, CompileError> {
         let begun = Instant::now();
         self.run_child(job.component, job.raw.writer()?)?;
-        let mut artefact = Vec::new();
-        job.raw
-            .reader()?
-            .take(ARTEFACT_MAX_BYTES + 1)
-            .read_to_end(&mut artefact)?;
-        if artefact.len() as u64 > ARTEFACT_MAX_BYTES {
+        if job.raw.reader()?.metadata()?.len() > ARTEFACT_MAX_BYTES {
             let detail = format!("the compiled code is larger than {ARTEFACT_MAX_BYTES} bytes");
             return Err(CompileError::Limit(detail));
         }
-        job.sealed.write(&(self.seal)(&job.digest, &artefact))?;
+        // Read twice, and never held as a whole: it is as large as its sender wanted it. Were it
+        // not the same both times, it would not open.
+        let head = (self.seal)(&job.digest, &mut job.raw.reader()?)?;
+        job.sealed.write(&head)?;
+        let mut artefact = job.raw.reader()?;
+        let mut piece = vec![0; COPIED_AT_ONCE];
+        loop {
+            let length = artefact.read(&mut piece)?;
+            if length == 0 {
+                break;
+            }
+            job.sealed.write(&piece[..length])?;
+        }
         job.sealed.sync()?;
         let compile_ms = u64::try_from(begun.elapsed().as_millis()).unwrap_or(u64::MAX);
         Ok(Compiled {

@@ -14,7 +14,7 @@
 use std::rc::Rc;
 
 use http::StatusCode;
-use insula_types::{Digest, ServiceId, TenantId, Traffic, VersionNumber};
+use insula_types::{Digest, ServiceId, TenantId, Traffic, VersionNumber, VolumeId};
 
 use serde_json::{Value, json};
 
@@ -22,41 +22,12 @@ use super::Control;
 use super::changes::{Actor, Remember};
 use super::compile::{CompileJob, Compiled, Ticket};
 use super::documents::{self, Urls};
-use super::http_types::{Call, next_chunk, too_large};
 use super::link::LinkError;
 use super::problem::{Code, Problem};
 use super::trials::Verdict;
-use crate::config::COMPONENT_MAX;
 use crate::messages::{IntendedVersion, LogRecord, LogSource, Refusal, ServiceIntent, ToData};
 use crate::state::blobs::{Kind, Unplaced};
 use crate::state::{Audit, Held, NewVersion, Service, Worker};
-
-/// Longest time for a whole upload: 64 MiB at 1 Mbit/s.
-const UPLOAD_TOTAL: std::time::Duration = std::time::Duration::from_secs(600);
-
-/// Receives a component under a temporary name.
-pub(crate) async fn receive(control: &Control, call: &mut Call) -> Result<Unplaced, Problem> {
-    let max = COMPONENT_MAX.get();
-    call.expect_length(max)?;
-    let receiving = async {
-        let mut file = control.files.run(|files| files.create()).await??;
-        while let Some(chunk) = next_chunk(&mut call.body).await? {
-            if file.size_bytes() + chunk.len() as u64 > max {
-                return Err(too_large(max));
-            }
-            let written = control
-                .files
-                .run(move |_| file.write(&chunk).map(|()| file))
-                .await?;
-            file = written?;
-        }
-        Ok(file)
-    };
-    let late = |_| Problem::new(Code::BodyTimeout, "the upload took too long");
-    tokio::time::timeout(UPLOAD_TOTAL, receiving)
-        .await
-        .map_err(late)?
-}
 
 /// A component whose artefact is there or on its way.
 #[derive(Debug)]
@@ -357,13 +328,65 @@ impl From<ApplyError> for Problem {
     fn from(error: ApplyError) -> Self {
         match error {
             ApplyError::Link(error) => error.into(),
-            ApplyError::Files(problem) => problem,
+            ApplyError::Files(problem) => {
+                let detail = problem.detail();
+                tracing::error!(detail, "an artefact cannot be opened");
+                let detail =
+                    format_args!("{detail}; what is stored takes effect when that is over");
+                Problem::new(Code::DataUnavailable, detail).retry_after(1)
+            }
         }
     }
 }
 
-/// Tells data about a service.
+/// Tells data about a service. Where that takes a file that cannot be opened now, it is tried again
+/// every second: what is stored, and acknowledged or not, must not stay unserved until a restart.
 pub(crate) async fn apply_service(control: &Control, service: &Service) -> Result<(), ApplyError> {
+    let told = tell_service(control, service).await;
+    let mut untold = control.untold.borrow_mut();
+    if matches!(told, Err(ApplyError::Files(_))) {
+        untold.insert(service.id);
+    } else {
+        untold.remove(&service.id);
+    }
+    told
+}
+
+/// Tells data of what it could not be told before. Not while a change is made: there is a next time.
+pub(crate) async fn tell_again(control: &Control) {
+    let Ok(_mutation) = control.mutation.try_lock() else {
+        return;
+    };
+    let untold: Vec<ServiceId> = control.untold.borrow().iter().copied().collect();
+    for id in untold {
+        match control.store(move |store| store.service_by_id(id)).await {
+            Ok(service) => match apply_service(control, &service).await {
+                Ok(()) => tracing::info!(service = %id, "data knows of it now"),
+                Err(error) => tracing::warn!(service = %id, %error, "data does not know of it yet"),
+            },
+            Err(problem) if problem.code() == Code::NotFound => {
+                control.untold.borrow_mut().remove(&id);
+            }
+            Err(problem) => tracing::warn!(problem = problem.detail(), "a service was not read"),
+        }
+    }
+}
+
+/// The volumes that a service mounts, in its order.
+async fn mounts_of(control: &Control, service: &Service) -> Result<Vec<VolumeId>, ApplyError> {
+    let (tenant, spec) = (service.tenant_name.clone(), service.spec.clone());
+    if spec.volumes.is_empty() {
+        return Ok(Vec::new());
+    }
+    let found = control.store(move |store| {
+        let mounts = spec.volumes.iter();
+        let ids = mounts.map(|mount| store.volume(&tenant, &mount.name).map(|volume| volume.id));
+        ids.collect()
+    });
+    found.await.map_err(ApplyError::Files)
+}
+
+async fn tell_service(control: &Control, service: &Service) -> Result<(), ApplyError> {
     let intent = intent(control, service).await?;
     Ok(control.link.apply(intent).await?)
 }
@@ -404,6 +427,7 @@ pub(crate) async fn intent(control: &Control, service: &Service) -> Result<ToDat
         spec: service.spec.clone(),
         traffic: service.traffic.clone(),
         versions,
+        mounts: mounts_of(control, service).await?,
     };
     Ok(ToData::Service(Box::new(intent)))
 }

@@ -7,7 +7,10 @@ use serde_json::{Map, Value, json};
 use super::Control;
 use crate::machines::book::Entry;
 use crate::state::machines::{Image, Machine, MachineTotals};
-use crate::state::{Access, AddedVersion, Scope, Service, Tenant, Token, UsageTotals, Version};
+use crate::state::{
+    Access, AddedVersion, Scope, Service, Tenant, Token, UsageTotals, Version, Volume,
+};
+use crate::storage::Usage;
 
 /// Fields of a tenant that the host adds; a document that was read may be put with them.
 pub(super) const TENANT_READ_ONLY: &[&str] = &["generation", "created_at"];
@@ -22,6 +25,16 @@ pub(super) const SERVICE_READ_ONLY: &[&str] = &[
     "traffic",
 ];
 
+/// Fields of a volume that the host adds.
+pub(super) const VOLUME_READ_ONLY: &[&str] = &[
+    "tenant",
+    "used_bytes",
+    "used_inodes",
+    "read_only",
+    "origin",
+    "generation",
+    "created_at",
+];
 /// Fields of a machine that the host adds.
 pub(super) const MACHINE_READ_ONLY: &[&str] = &[
     "tenant",
@@ -30,6 +43,7 @@ pub(super) const MACHINE_READ_ONLY: &[&str] = &[
     "state",
     "reason",
     "monitor_pid",
+    "snapshot_at",
     "digests",
     "used",
 ];
@@ -69,6 +83,22 @@ pub(super) fn service_record(service: &Service) -> Value {
             "traffic": service.traffic,
             "generation": service.generation,
             "created_at": service.created,
+        }),
+    )
+}
+
+/// A volume, and what it takes where that is known.
+pub(super) fn volume(volume: &Volume, used: Option<Usage>) -> Value {
+    with_spec(
+        json!({"name": volume.name, "tenant": volume.tenant_name}),
+        &volume.spec,
+        json!({
+            "used_bytes": used.map(|used| used.bytes),
+            "used_inodes": used.map(|used| used.inodes),
+            "read_only": volume.read_only,
+            "origin": volume.origin,
+            "generation": volume.generation,
+            "created_at": volume.created,
         }),
     )
 }

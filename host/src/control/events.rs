@@ -8,7 +8,7 @@ use insula_vmm::life::State;
 use tokio::sync::broadcast;
 
 use crate::machines::book::Entry;
-use crate::state::{Scope, Service, Tenant, Timestamp};
+use crate::state::{Scope, Service, Tenant, Timestamp, Volume};
 
 /// Events that wait for the slowest reader, at most.
 const BACKLOG: usize = 256;
@@ -35,6 +35,20 @@ impl Event {
             (Scope::Host, _) => true,
             (Scope::Tenant(id, _), Some((tenant, _))) => id == tenant,
             (Scope::Tenant(..), None) => false,
+        }
+    }
+
+    /// Of the host; what it is about is added.
+    fn new(kind: &'static str) -> Self {
+        Self {
+            id: 0,
+            time: Timestamp::now(),
+            kind,
+            tenant: None,
+            service: None,
+            machine: None,
+            version: None,
+            reason: None,
         }
     }
 
@@ -96,31 +110,26 @@ impl Events {
     }
 
     fn of_host(&self, kind: &'static str, reason: Option<String>) {
-        let time = Timestamp::now();
         self.send(Event {
-            id: 0,
-            time,
-            kind,
-            tenant: None,
-            service: None,
-            machine: None,
-            version: None,
             reason,
+            ..Event::new(kind)
         });
     }
 
     pub(crate) fn tenant(&self, kind: &'static str, tenant: &Tenant) {
-        let time = Timestamp::now();
         let tenant = Some((tenant.id, tenant.name.clone()));
         self.send(Event {
-            id: 0,
-            time,
-            kind,
             tenant,
-            service: None,
-            machine: None,
-            version: None,
-            reason: None,
+            ..Event::new(kind)
+        });
+    }
+
+    pub(crate) fn volume(&self, kind: &'static str, volume: &Volume) {
+        let tenant = Some((volume.tenant, volume.tenant_name.clone()));
+        self.send(Event {
+            tenant,
+            reason: Some(format!("volume {}", volume.name)),
+            ..Event::new(kind)
         });
     }
 
@@ -132,14 +141,10 @@ impl Events {
             _ => None,
         };
         self.send(Event {
-            id: 0,
-            time: Timestamp::now(),
-            kind: kind_of(&state),
             tenant: Some((entry.tenant, entry.tenant_name.clone())),
-            service: None,
             machine: Some(entry.name.clone()),
-            version: None,
             reason,
+            ..Event::new(kind_of(&state))
         });
     }
 
@@ -171,14 +176,11 @@ impl Events {
         reason: Option<String>,
     ) {
         self.send(Event {
-            id: 0,
-            time: Timestamp::now(),
-            kind,
             tenant: Some((service.tenant, service.tenant_name.clone())),
             service: Some(service.name.clone()),
-            machine: None,
             version,
             reason,
+            ..Event::new(kind)
         });
     }
 }

@@ -11,7 +11,7 @@ use http::{HeaderMap, Method, Response, StatusCode};
 use http_body_util::{BodyExt, Full, StreamBody};
 use hyper::body::{Frame, Incoming};
 use hyper::upgrade::OnUpgrade;
-use insula_types::{ImageName, MachineName, ServiceName, TenantName};
+use insula_types::{ImageName, MachineName, ServiceName, TenantName, VolumeName};
 use serde_json::{Map, Value};
 
 use super::auth::Caller;
@@ -120,6 +120,7 @@ impl Reply {
 pub(crate) struct Params {
     pub(crate) tenant: Option<TenantName>,
     pub(crate) service: Option<ServiceName>,
+    pub(crate) volume: Option<VolumeName>,
     pub(crate) machine: Option<MachineName>,
     pub(crate) image: Option<ImageName>,
     pub(crate) id: Option<u64>,
@@ -157,6 +158,12 @@ impl Call {
             .service
             .clone()
             .ok_or_else(|| Problem::not_found("service"))
+    }
+
+    /// The volume of the path.
+    pub(crate) fn volume(&self) -> Result<VolumeName, Problem> {
+        let volume = self.params.volume.clone();
+        volume.ok_or_else(|| Problem::not_found("volume"))
     }
 
     /// The machine of the path.

@@ -15,6 +15,11 @@
 //! A change ([`DataLink::apply`]) waits until all that was stored before has been told
 //! ([`super::reconcile`], which uses [`DataLink::tell`]). When data dies before it has answered, the
 //! change is sent again to the next one; it may have been told by then, which does no harm.
+//!
+//! On failure: while a data plane is told the intent, nobody gives up as long as it is there. A machine
+//! that is starved of CPU or was suspended is late, and a start that ends over it begins again and is
+//! later still. A change that data is late with is answered as stored and unconfirmed. Where data or
+//! the pump is gone, all that wait for an answer hear of it at once.
 
 use std::cell::{Cell, RefCell};
 use std::collections::HashMap;
@@ -26,9 +31,10 @@ use tokio::sync::{Mutex, mpsc, oneshot, watch};
 use tokio::time::Instant;
 
 use crate::messages::{AtRest, Collect, Command, Refusal, ToData};
-use crate::pool::clock::{children_cpu_ns, process_cpu_ns};
+use crate::pool::clock::own_cpu_ns;
 
-/// How long data may take to apply a change: it loads an artefact at most.
+/// How long data may take to apply a change: it loads an artefact at most. While it is told the
+/// intent, how often the log says that it takes long.
 const APPLY_TIMEOUT: Duration = Duration::from_secs(30);
 /// How long data may take to answer with what it counted.
 const COLLECT_TIMEOUT: Duration = Duration::from_secs(2);
@@ -67,6 +73,15 @@ enum Standing {
     Down,
     Telling,
     Open,
+}
+
+/// What becomes of a question whose answer is late.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Late {
+    /// It is given up.
+    GiveUp,
+    /// The log says so, and the wait goes on: until data is gone, at the longest.
+    Wait,
 }
 
 #[derive(Debug)]
@@ -143,7 +158,12 @@ impl DataLink {
         }
     }
 
-    async fn ask(&self, body: ToData, timeout: Duration) -> Result<Answered, LinkError> {
+    async fn ask(
+        &self,
+        body: ToData,
+        timeout: Duration,
+        late: Late,
+    ) -> Result<Answered, LinkError> {
         let commands = self.commands.borrow().clone().ok_or(LinkError::Gone)?;
         let seq = self.next_seq.get();
         self.next_seq.set(seq + 1);
@@ -154,13 +174,30 @@ impl DataLink {
             sent.map_err(|_| LinkError::Gone)?;
             answered.await.map_err(|_| LinkError::Gone)
         };
-        let result = tokio::time::timeout(timeout, asking).await;
+        let mut asking = std::pin::pin!(asking);
+        let result = loop {
+            match tokio::time::timeout(timeout, &mut asking).await {
+                Ok(result) => break result,
+                Err(_) if late == Late::Wait => {
+                    tracing::warn!(
+                        after = ?timeout,
+                        "the data plane is late; it is waited for as long as it is there"
+                    );
+                }
+                Err(_) => break Err(LinkError::Timeout),
+            }
+        };
         self.waiting.borrow_mut().remove(&seq);
-        result.unwrap_or(Err(LinkError::Timeout))
+        result
     }
 
-    async fn apply_within(&self, body: ToData, timeout: Duration) -> Result<(), LinkError> {
-        match self.ask(body, timeout).await? {
+    /// Sends a change and waits until it is in effect, for as long as that may take.
+    pub(crate) async fn apply_within(
+        &self,
+        body: ToData,
+        timeout: Duration,
+    ) -> Result<(), LinkError> {
+        match self.ask(body, timeout, Late::GiveUp).await? {
             Answered::Done(result) => Ok(result?),
             Answered::Collected(_) => Ok(()),
         }
@@ -171,7 +208,10 @@ impl DataLink {
         if !self.is(life) {
             return Err(LinkError::Gone);
         }
-        self.apply_within(body, APPLY_TIMEOUT).await
+        match self.ask(body, APPLY_TIMEOUT, Late::Wait).await? {
+            Answered::Done(result) => Ok(result?),
+            Answered::Collected(_) => Ok(()),
+        }
     }
 
     /// Sends a change and waits until it is in effect.
@@ -208,13 +248,12 @@ impl DataLink {
     }
 
     async fn collected(&self, what: Collect) -> Result<Option<String>, LinkError> {
-        let control_cpu_ns =
-            (process_cpu_ns() + children_cpu_ns()).saturating_sub(self.buried_ns.get());
+        let control_cpu_ns = own_cpu_ns().saturating_sub(self.buried_ns.get());
         let body = ToData::Collect {
             what,
             control_cpu_ns,
         };
-        match self.ask(body, COLLECT_TIMEOUT).await? {
+        match self.ask(body, COLLECT_TIMEOUT, Late::GiveUp).await? {
             Answered::Collected(families) => Ok(families),
             Answered::Done(result) => Err(result.err().map_or(LinkError::Gone, Into::into)),
         }
@@ -237,5 +276,94 @@ impl DataLink {
         let families = self.collected(Collect::Families).await?;
         *last = (Some(begun), families.unwrap_or_default());
         Ok(last.1.clone())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::rc::Rc;
+
+    use insula_types::TenantId;
+
+    use super::*;
+
+    /// A data plane that takes each command and answers it after some time, or never.
+    fn link(answers_after: Option<Duration>) -> Rc<DataLink> {
+        let (commands, mut taken) = mpsc::channel(4);
+        let link = Rc::new(DataLink::new());
+        link.up(commands);
+        let answering = Rc::clone(&link);
+        tokio::task::spawn_local(async move {
+            while let Some(command) = taken.recv().await {
+                if let Some(after) = answers_after {
+                    tokio::time::sleep(after).await;
+                    answering.answer(command.seq, Answered::Done(Ok(())));
+                }
+            }
+        });
+        link
+    }
+
+    fn change() -> ToData {
+        ToData::DropTenant(TenantId::new(1))
+    }
+
+    async fn in_virtual_time(test: impl Future<Output = ()>) {
+        tokio::time::pause();
+        tokio::task::LocalSet::new().run_until(test).await;
+    }
+
+    #[tokio::test]
+    async fn telling_waits_for_a_data_plane_that_is_late() {
+        in_virtual_time(async {
+            let link = link(Some(APPLY_TIMEOUT * 20));
+            let life = link.alive().await;
+            link.tell(life, change()).await.expect("it is there");
+            link.opened(life);
+            let late = link.apply(change()).await;
+            assert!(matches!(late, Err(LinkError::Timeout)), "{late:?}");
+        })
+        .await;
+    }
+
+    #[tokio::test]
+    async fn whoever_tells_hears_that_data_is_gone() {
+        in_virtual_time(async {
+            let link = link(None);
+            let life = link.alive().await;
+            let ending = Rc::clone(&link);
+            tokio::task::spawn_local(async move {
+                tokio::time::sleep(APPLY_TIMEOUT * 2).await;
+                ending.down(0);
+            });
+            let began = Instant::now();
+            let ended = link.tell(life, change()).await;
+            assert!(matches!(ended, Err(LinkError::Gone)), "{ended:?}");
+            assert!(began.elapsed() < APPLY_TIMEOUT * 3, "at once");
+            let ended = link.tell(life, change()).await;
+            assert!(matches!(ended, Err(LinkError::Gone)), "{ended:?}");
+        })
+        .await;
+    }
+
+    #[tokio::test]
+    async fn a_change_waits_for_the_next_data_plane() {
+        in_virtual_time(async {
+            let link = link(None);
+            link.opened(link.alive().await);
+            let next = Rc::clone(&link);
+            tokio::task::spawn_local(async move {
+                tokio::time::sleep(APPLY_TIMEOUT / 4).await;
+                next.down(0);
+                tokio::time::sleep(APPLY_TIMEOUT / 4).await;
+                let (commands, mut taken) = mpsc::channel(4);
+                next.up(commands);
+                next.opened(next.alive().await);
+                let command = taken.recv().await.expect("sent again");
+                next.answer(command.seq, Answered::Done(Ok(())));
+            });
+            link.apply(change()).await.expect("told to the second");
+        })
+        .await;
     }
 }

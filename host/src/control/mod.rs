@@ -20,18 +20,19 @@
 //! *Invariant:* nothing on the control thread waits for a disk, a child or another thread.
 
 use std::cell::{Cell, RefCell};
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
 use std::net::SocketAddr;
 use std::rc::Rc;
 
-use insula_types::Digest;
 use insula_types::spec::RequestLimits;
+use insula_types::{Digest, VolumeId};
 use sha2::Digest as _;
 use tokio::sync::{Mutex, Semaphore, watch};
 use tokio::task::JoinSet;
 
 use crate::process::walls::Wall;
 use crate::state::{Blobs, Health, Store, StoreError, Timestamp, Worker};
+use crate::storage::Usage;
 
 mod api;
 mod auth;
@@ -58,6 +59,7 @@ mod start;
 #[cfg(test)]
 mod tests;
 mod trials;
+mod upload;
 
 pub use auth::AdminTokenError;
 pub use compile::{Compiler, Seal};
@@ -106,11 +108,15 @@ pub(crate) struct Control {
     /// Those of the data process that there is.
     pub(crate) walls: RefCell<Vec<Wall>>,
     pub(crate) ledger: RefCell<ledger::Ledger>,
+    /// What volumes take, as data counted it last.
+    pub(crate) volumes: RefCell<HashMap<VolumeId, Usage>>,
     pub(crate) trials: RefCell<trials::Trials>,
     pub(crate) logs: RefCell<logs::Logs>,
     pub(crate) events: events::Events,
     pub(crate) failures: auth::FailureLimit,
     pub(crate) in_progress: idempotency::InProgress,
+    /// Services of which data does not know what is stored, for want of a file.
+    pub(crate) untold: RefCell<std::collections::HashSet<insula_types::ServiceId>>,
     /// Held from the commit of a change until data has applied it.
     pub(crate) mutation: Mutex<()>,
     pub(crate) readiness: Cell<Readiness>,

@@ -86,11 +86,13 @@ fn parameters() -> Value {
     json!({
         "tenant": name("tenant"),
         "service": name("service"),
+        "volume": name("volume"),
         "machine": name("machine"),
         "image": {"name": "image", "in": "path", "required": true,
             "schema": reference("ImageName"), "description": "The image's name"},
         "force": query("force", json!({"type": "boolean", "default": false}),
             "Whether a guest that runs is ended without being asked"),
+        "from": query("from", reference("Name"), "Whose snapshot; the machine's own where nothing is said"),
         "timeout_seconds": query("timeout_seconds", json!({"type": "integer", "minimum": 0, "maximum": 600}),
             "How long a guest has for shutting down; 30 where nothing is said"),
         "id": {"name": "id", "in": "path", "required": true, "schema": {"type": "integer"},
@@ -140,8 +142,10 @@ fn operation(route: &Route) -> Value {
         "parameters": parameters,
         "responses": responses(route),
     });
-    if route.need == Need::Public {
-        operation["security"] = json!([]);
+    match route.need {
+        Need::Public => operation["security"] = json!([]),
+        Need::PublicOnLoopback => operation["security"] = json!([{}, {"token": []}]),
+        _ => {}
     }
     match route.takes {
         Takes::Nothing => {}
@@ -164,6 +168,11 @@ fn operation(route: &Route) -> Value {
 fn needs(need: Need) -> String {
     let (who, access) = match need {
         Need::Public => return "Needs no token.".to_owned(),
+        Need::PublicOnLoopback => {
+            return "Needs no token where the admin API listens on a loopback address, else a \
+                token of the host."
+                .to_owned();
+        }
         Need::Any(access) => ("any token", access),
         Need::Tenant(access) => ("a token of the host or of this tenant", access),
         Need::Host(access) => ("a token of the host", access),

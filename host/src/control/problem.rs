@@ -55,9 +55,13 @@ codes! {
     ReservationExceedsHost = 409 "reservation_exceeds_host" "The host cannot honour this reservation";
     RouteTaken = 409 "route_taken" "The route is taken";
     LimitReached = 409 "limit_reached" "There cannot be more of these";
+    VolumeInUse = 409 "volume_in_use" "The volume is in use";
+    StorageFull = 409 "storage_full" "There is no room for this";
     LastAdminToken = 409 "last_admin_token" "The last administrator's token stays";
     NoPreviousVersion = 409 "no_previous_version" "There is nothing to go back to";
     MachineState = 409 "machine_state" "The machine is in a state in which this has no meaning";
+    NoSnapshot = 409 "no_snapshot" "The machine has no snapshot";
+    OtherMachine = 409 "other_machine" "The snapshot is of a machine of another kind";
     HasMachines = 409 "has_machines" "The tenant still has machines";
     TenantMemory = 409 "tenant_memory" "The tenant has no memory left for this machine";
     InProgress = 409 "idempotency_in_progress" "The same request is being worked on";
@@ -69,6 +73,8 @@ codes! {
     NameMismatch = 422 "name_mismatch" "The document names something else than the path";
     RouteReserved = 422 "route_reserved" "The route's host is the host's own";
     Unsupported = 422 "unsupported" "This version of insula cannot do that";
+    UnknownVolume = 422 "unknown_volume" "The tenant has no such volume";
+    VolumeReadOnly = 422 "volume_read_only" "The volume can only be read";
     UnknownVersion = 422 "unknown_version" "The service has no such version";
     UnknownImage = 422 "unknown_image" "There is no such image";
     InvalidImage = 422 "invalid_image" "The image cannot be used";
@@ -84,6 +90,7 @@ codes! {
     Internal = 500 "internal" "The host failed";
     CompileFailed = 500 "compile_failed" "The compiler failed";
     NotActivated = 500 "not_activated" "The version is stored but does not serve";
+    SnapshotBroken = 500 "snapshot_broken" "The snapshot cannot be trusted";
     MachineFailed = 500 "machine_failed" "The machine failed";
     NotApplied = 500 "not_applied" "The change is stored but not in effect";
     NoKvm = 503 "no_kvm" "This host cannot run machines";
@@ -206,6 +213,9 @@ impl From<StoreError> for Problem {
             StoreError::Reservation { .. } => Code::ReservationExceedsHost,
             StoreError::RouteTaken(_) => Code::RouteTaken,
             StoreError::Full { .. } => Code::LimitReached,
+            StoreError::UnknownVolume(_) => Code::UnknownVolume,
+            StoreError::VolumeReadOnly(_) => Code::VolumeReadOnly,
+            StoreError::VolumeInUse { .. } => Code::VolumeInUse,
             StoreError::NoImage(_) => Code::UnknownImage,
             StoreError::HasMachines { .. } => Code::HasMachines,
             StoreError::LastAdminToken => Code::LastAdminToken,

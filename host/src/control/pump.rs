@@ -15,9 +15,24 @@ const COLLECT_EVERY: Duration = Duration::from_secs(1);
 /// After how many collections the sums are stored.
 const CHECKPOINT_EVERY: u32 = 5;
 
+/// The end of the pump, however it comes: nobody waits for an answer that will not be handed over.
+struct Ending(Rc<Control>);
+
+impl Drop for Ending {
+    fn drop(&mut self) {
+        let control = &self.0;
+        control.link.down(0);
+        if control.readiness.get() != Readiness::Stopping {
+            tracing::error!("nothing keeps the data plane any more");
+            control.readiness.set(Readiness::DataGone);
+        }
+    }
+}
+
 /// Takes what is heard of data until its keeper is gone. Never waits for anything else: data's
 /// channel is bounded.
 pub(super) async fn pump(control: Rc<Control>, mut events: mpsc::Receiver<DataEvent>) {
+    let _ending = Ending(Rc::clone(&control));
     while let Some(event) = events.recv().await {
         match event {
             DataEvent::Up { commands, walls } => {
@@ -40,11 +55,6 @@ pub(super) async fn pump(control: Rc<Control>, mut events: mpsc::Receiver<DataEv
             }
         }
     }
-    control.link.down(0);
-    if control.readiness.get() != Readiness::Stopping {
-        tracing::error!("nothing keeps the data plane any more");
-        control.readiness.set(Readiness::DataGone);
-    }
 }
 
 fn take(control: &Rc<Control>, report: FromData) {
@@ -52,6 +62,7 @@ fn take(control: &Rc<Control>, report: FromData) {
         FromData::Done { seq, result } => control.link.answer(seq, Answered::Done(result)),
         FromData::Collected { seq, collected } => {
             control.ledger.borrow_mut().absorb(&collected.usage);
+            control.volumes.borrow_mut().extend(collected.volumes);
             judge(control, &collected.versions);
             for (tenant, service) in collected.broken {
                 control.spawn(reconcile::mend(Rc::clone(control), tenant, service));
@@ -62,7 +73,7 @@ fn take(control: &Rc<Control>, report: FromData) {
         }
         FromData::Logs(records) => control.logs.borrow().take(&records),
         // Its keeper has heard these.
-        FromData::Ready(_) | FromData::Failed(_) => {}
+        FromData::Ready(_) | FromData::Failed(_) | FromData::Asks { .. } => {}
     }
 }
 
@@ -101,6 +112,10 @@ pub(super) async fn tick(control: Rc<Control>) {
         if !told && let Some(reason) = control.health.stopped() {
             control.events.host_because("host.state_stopped", reason);
             told = true;
+        }
+        if !control.untold.borrow().is_empty() {
+            let background = Rc::clone(&control);
+            control.spawn(async move { deploy::tell_again(&background).await });
         }
         ticks = ticks.wrapping_add(1);
         if ticks.is_multiple_of(CHECKPOINT_EVERY)

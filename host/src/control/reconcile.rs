@@ -2,7 +2,7 @@
 //!
 //! 1. Stored usage becomes the ledger's beginning.
 //! 2. Files that nothing refers to are removed; machines that run are found.
-//! 3. Every tenant and service is sent to data, with its artefact.
+//! 3. Every tenant, volume and service is sent to data, with its directory or artefact.
 //! 4. A service whose artefact is missing (another engine or CPU) or refused (damaged) is sent
 //!    without a version; its component is compiled again in the background, and sent again.
 //! 5. Data is told to accept connections; when the last compilation is done, the host is ready.
@@ -14,6 +14,7 @@ use std::rc::Rc;
 
 use insula_types::{Digest, ServiceName, TenantName, Traffic};
 
+use super::api::volumes;
 use super::compile::Ticket;
 use super::deploy::{self, ApplyError};
 use super::http_types::PAGE_MAX;
@@ -37,6 +38,15 @@ pub(super) async fn reconcile(control: &Rc<Control>) -> Result<(), Problem> {
     if removed > 0 {
         tracing::info!(removed, "removed files that nothing refers to");
     }
+    let referenced = control.store(|store| store.volume_directories()).await?;
+    let removed = control
+        .files
+        .run(move |files| files.collect_volumes(&referenced))
+        .await??;
+    if removed > 0 {
+        tracing::info!(removed, "removed volumes that nothing refers to");
+    }
+    // Before the tenants: of their memory machines have a part.
     super::machines::find(control).await?;
     loop {
         let life = control.link.alive().await;
@@ -122,18 +132,14 @@ async fn send_tenant(
     broken: &mut Vec<Service>,
 ) -> Result<(), Problem> {
     control.ledger.borrow_mut().add_tenant(tenant.id);
-    let body = ToData::Tenant {
-        id: tenant.id,
-        name: tenant.name.clone(),
-        spec: tenant.spec.clone(),
-    };
-    if let Err(error) = control.link.tell(life, body).await {
+    if let Err(error) = control.link.tell(life, control.envelope(tenant)).await {
         let LinkError::Refused(refusal) = error else {
             return Err(error.into());
         };
         // For example: fewer workers than before, and the reservations exceed them now.
         tracing::error!(tenant = %tenant.name, %refusal, "data refused a tenant");
     }
+    send_volumes(control, life, tenant).await?;
     let mut page = Page {
         after: None,
         limit: PAGE_MAX,
@@ -151,6 +157,14 @@ async fn send_tenant(
             return Ok(());
         }
     }
+}
+
+async fn send_volumes(control: &Rc<Control>, life: Life, tenant: &Tenant) -> Result<(), Problem> {
+    for volume in control.all_volumes(&tenant.name).await? {
+        let intent = volumes::intent(control, &volume).await?;
+        control.link.tell(life, intent).await?;
+    }
+    Ok(())
 }
 
 async fn send_service(

@@ -9,6 +9,7 @@ use http::Method;
 use super::Control;
 use super::api::{
     audit, backup, host, images, machines, services, streams, tenants, tokens, usage, versions,
+    volumes,
 };
 use super::auth::Need;
 use super::http_types::{Call, Params};
@@ -91,7 +92,7 @@ pub(super) static ROUTES: &[Route] = routes! {
         "The process answers", [], Nothing => Media("text/plain");
     GET "/readyz" Need::Public, "getReadiness" = host::ready,
         "All intended services are served", [], Nothing => Media("text/plain");
-    GET "/metrics" Need::Public, "getMetrics" = host::metrics,
+    GET "/metrics" Need::PublicOnLoopback, "getMetrics" = host::metrics,
         "Metrics in the Prometheus text format", [], Nothing => Media("text/plain");
     GET "/v1/openapi.json" Need::Any(Read), "getOpenapi" = host::describe,
         "This document", [], Nothing => Json("OpenApi");
@@ -134,6 +135,24 @@ pub(super) static ROUTES: &[Route] = routes! {
         "getLogs" = streams::logs,
         "The last lines of a service's log, and with follow those to come", ["follow", "tail"],
         Nothing => Media("application/x-ndjson");
+    GET "/v1/tenants/{tenant}/volumes" Need::Tenant(Read), "listVolumes" = volumes::index,
+        "A tenant's volumes by name", ["limit", "continue"], Nothing => List("Volume");
+    GET "/v1/tenants/{tenant}/volumes/{volume}" Need::Tenant(Read), "getVolume" = volumes::get,
+        "A volume, and what it takes", [], Nothing => Json("Volume");
+    PUT "/v1/tenants/{tenant}/volumes/{volume}" Need::Tenant(Write),
+        "putVolume" = volumes::put,
+        "Create a volume or change how much it holds", [], Body("VolumeSpec") => Put("Volume");
+    DELETE "/v1/tenants/{tenant}/volumes/{volume}" Need::Tenant(Write),
+        "deleteVolume" = volumes::delete,
+        "Delete a volume that no service mounts, and all that is in it", [],
+        Nothing => Gives::Nothing;
+    POST "/v1/tenants/{tenant}/volumes/{volume}/snapshot" Need::Tenant(Write),
+        "snapshotVolume" = volumes::snapshot,
+        "Make a volume of what this one holds now, to be read only", [],
+        Body("VolumeCopy") => Created("Volume");
+    POST "/v1/tenants/{tenant}/volumes/{volume}/clone" Need::Tenant(Write),
+        "cloneVolume" = volumes::clone,
+        "Make a volume of what this one holds now", [], Body("VolumeCopy") => Created("Volume");
     GET "/v1/tenants/{tenant}/machines" Need::Tenant(Read), "listMachines" = machines::index,
         "A tenant's machines by name", ["limit", "continue"], Nothing => List("Machine");
     GET "/v1/tenants/{tenant}/machines/{machine}" Need::Tenant(Read), "getMachine" = machines::get,
@@ -162,6 +181,14 @@ pub(super) static ROUTES: &[Route] = routes! {
     POST "/v1/tenants/{tenant}/machines/{machine}/reset" Need::Tenant(Write),
         "resetMachine" = machines::reset,
         "Press the reset button", [], Nothing => Json("Machine");
+    POST "/v1/tenants/{tenant}/machines/{machine}/snapshot" Need::Tenant(Write),
+        "snapshotMachine" = machines::snapshot,
+        "Save a machine that runs or is paused, memory and disks, in the place of its snapshot before",
+        [], Nothing => Json("Machine");
+    POST "/v1/tenants/{tenant}/machines/{machine}/restore" Need::Tenant(Write),
+        "restoreMachine" = machines::restore,
+        "Go on from a snapshot: the machine's own, or of another one of the tenant's", ["from"],
+        Nothing => Json("Machine");
     GET "/v1/tenants/{tenant}/machines/{machine}/console" Need::Tenant(Write),
         "getConsole" = machines::console,
         "The machine's console, both ways, by an upgrade to insula-console", [],
@@ -260,6 +287,7 @@ fn params(segments: &[(&'static str, &str)], method: &Method) -> Result<Params, 
             "service" => {
                 params.service = Some(text.parse().map_err(|error| bad("service", error))?);
             }
+            "volume" => params.volume = Some(text.parse().map_err(|error| bad("volume", error))?),
             "machine" => {
                 params.machine = Some(text.parse().map_err(|error| bad("machine", error))?);
             }

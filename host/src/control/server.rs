@@ -161,7 +161,11 @@ async fn dispatch(control: Rc<Control>, request: Request<Incoming>, peer: Socket
     let (mut head, body) = request.into_parts();
     auth::check_origin(&head.headers)?;
     let found = router::find(&head.method, head.uri.path());
-    let public = matches!(&found, Ok(found) if found.route.need == Need::Public);
+    let public = match found.as_ref().map(|found| found.route.need) {
+        Ok(Need::Public) => true,
+        Ok(Need::PublicOnLoopback) => control.admin.ip().is_loopback(),
+        _ => false,
+    };
     // Who has no token does not learn which paths and methods there are, nor what is wrong.
     let caller = if public {
         None

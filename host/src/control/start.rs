@@ -288,7 +288,10 @@ async fn run(
     background.spawn_local(machines::share(Rc::clone(&control)));
     background.spawn_local(pump::pump(Rc::clone(&control), events));
     let reconciled = reconcile::reconcile(&control).await;
-    reconciled.map_err(|problem| StartError::Reconcile(problem.detail().to_owned()))?;
+    reconciled.map_err(|problem| {
+        control.readiness.set(Readiness::Stopping);
+        StartError::Reconcile(problem.detail().to_owned())
+    })?;
     let tick = background.spawn_local(pump::tick(Rc::clone(&control)));
     tracing::info!(admin = %control.admin, "the admin API is ready");
     // The starter waits for this.
@@ -383,11 +386,13 @@ fn open(
         link: DataLink::new(),
         walls: Default::default(),
         ledger: Default::default(),
+        volumes: Default::default(),
         trials: Default::default(),
         logs: Default::default(),
         events: Default::default(),
         failures: Default::default(),
         in_progress: Default::default(),
+        untold: Default::default(),
         mutation: Mutex::new(()),
         readiness: std::cell::Cell::new(Readiness::Reconciling),
         streams: Semaphore::new(STREAMS_MAX),

@@ -10,6 +10,8 @@
 //! and the MAC covers all the other fields, under a key that only this data directory holds.
 //! A sealed artefact of another component, another engine or another host does not open.
 
+use std::io::{self, Read};
+
 use hmac::{Hmac, KeyInit, Mac};
 use insula_types::Digest;
 use sha2::Sha256;
@@ -19,7 +21,8 @@ use super::config::compatibility;
 const MAGIC: &[u8; 8] = b"INSULA1\n";
 const COMPAT_BYTES: usize = 16;
 const MAC_AT: usize = MAGIC.len() + COMPAT_BYTES + 32;
-const BODY_AT: usize = MAC_AT + 32;
+/// How long what belongs before an artefact is.
+pub const BODY_AT: usize = MAC_AT + 32;
 
 /// The key of the artefacts of one data directory.
 #[derive(Clone)]
@@ -56,28 +59,42 @@ pub enum SealError {
     Mac,
 }
 
-fn mac(key: &ArtefactKey, header: &[u8], body: &[u8]) -> Hmac<Sha256> {
+/// The MAC of what begins so, and of what is still to come.
+fn mac(key: &ArtefactKey, header: &[u8]) -> Hmac<Sha256> {
     // RFC 2104, 2: a key shorter than the hash's block of 64 bytes is padded with zeros.
     let mut block = [0; 64];
     block[..32].copy_from_slice(&key.0);
     let mut mac = <Hmac<Sha256> as KeyInit>::new(&block.into());
     mac.update(header);
-    mac.update(body);
     mac
 }
 
-/// Seals what the compiler made of the component with this digest.
-#[must_use]
-pub fn seal(key: &ArtefactKey, digest: &Digest, artefact: &[u8]) -> Vec<u8> {
-    let mut sealed = Vec::with_capacity(BODY_AT + artefact.len());
-    sealed.extend_from_slice(MAGIC);
-    sealed.extend_from_slice(compatibility().as_bytes());
-    sealed.extend_from_slice(digest.as_bytes());
-    debug_assert_eq!(sealed.len(), MAC_AT);
-    let tag = mac(key, &sealed, artefact).finalize().into_bytes();
-    sealed.extend_from_slice(&tag);
-    sealed.extend_from_slice(artefact);
-    sealed
+/// Seals what the compiler made of the component with this digest: gives what belongs before the
+/// artefact. The artefact may be large, and is read piece by piece.
+///
+/// # Errors
+/// Those of reading it.
+pub fn seal(
+    key: &ArtefactKey,
+    digest: &Digest,
+    artefact: &mut dyn Read,
+) -> io::Result<[u8; BODY_AT]> {
+    let mut head = [0; BODY_AT];
+    head[..MAGIC.len()].copy_from_slice(MAGIC);
+    head[MAGIC.len()..][..COMPAT_BYTES].copy_from_slice(compatibility().as_bytes());
+    head[MAC_AT - 32..MAC_AT].copy_from_slice(digest.as_bytes());
+    let mut mac = mac(key, &head[..MAC_AT]);
+    let mut piece = [0; 16 << 10];
+    loop {
+        match artefact.read(&mut piece) {
+            Ok(0) => break,
+            Ok(length) => mac.update(&piece[..length]),
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            Err(error) => return Err(error),
+        }
+    }
+    head[MAC_AT..].copy_from_slice(&mac.finalize().into_bytes());
+    Ok(head)
 }
 
 /// The artefact inside, if it was sealed with this key for this component and this engine.
@@ -95,9 +112,9 @@ pub fn open<'a>(
     }
     let (header, rest) = sealed.split_at(MAC_AT);
     let (tag, body) = rest.split_at(32);
-    mac(key, header, body)
-        .verify_slice(tag)
-        .map_err(|_| SealError::Mac)?;
+    let mut mac = mac(key, header);
+    mac.update(body);
+    mac.verify_slice(tag).map_err(|_| SealError::Mac)?;
     let (compat_is, digest_is) = header[MAGIC.len()..].split_at(COMPAT_BYTES);
     if compat_is != compat.as_bytes() {
         return Err(SealError::Engine);
@@ -117,7 +134,8 @@ mod tests {
         let key = ArtefactKey::from_bytes([7; 32]);
         let digest = Digest::new([1; 32]);
         let compat = compatibility();
-        let sealed = seal(&key, &digest, b"code");
+        let head = seal(&key, &digest, &mut &b"code"[..]).unwrap();
+        let sealed = [&head[..], b"code"].concat();
         assert_eq!(open(&key, &digest, &compat, &sealed), Ok(&b"code"[..]));
         let other = ArtefactKey::from_bytes([8; 32]);
         assert_eq!(open(&other, &digest, &compat, &sealed), Err(SealError::Mac));

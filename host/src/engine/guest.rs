@@ -5,8 +5,10 @@ use std::time::Instant;
 
 use http::HeaderName;
 use http::uri::Scheme;
+use tokio::sync::oneshot;
 use wasmtime::component::{ComponentType, HasData, Linker, Lower, ResourceTable};
 use wasmtime::{AsContext, Result, StoreContextMut};
+use wasmtime_wasi::filesystem::Descriptor;
 use wasmtime_wasi::p2::DynOutputStream;
 use wasmtime_wasi::p2::bindings::io;
 use wasmtime_wasi::{WasiCtx, WasiCtxView, WasiView};
@@ -16,13 +18,16 @@ use wasmtime_wasi_http::{
 };
 
 use super::config::caps;
+use super::files::{Files, FilesView, Mounted};
 use super::guest_log::{GuestLog, LogSink};
 use super::memory::MemoryMeter;
+use super::outgoing::{Errands, Patron};
 
 /// The data of a store: never shared; reused where its service asks for it (`shelf`).
 pub(super) struct Guest {
     table: ResourceTable,
     wasi: Lazy,
+    files: Files,
     http: WasiHttpCtx,
     hooks: Hooks,
     pub(super) memory: MemoryMeter,
@@ -63,31 +68,35 @@ impl Guest {
         memory: MemoryMeter,
         fuel: u64,
         env: Arc<[(String, String)]>,
-        log: Arc<dyn LogSink>,
+        mounts: Arc<[Mounted]>,
+        patron: Arc<dyn Patron>,
     ) -> Self {
         let mut table = ResourceTable::new();
         table.set_max_capacity(caps::RESOURCES);
         let mut http = WasiHttpCtx::new();
         http.set_field_size_limit(caps::FIELD_BYTES);
-        let (made, log) = (None, Some(log));
+        let (made, log): (_, Option<Arc<dyn LogSink>>) = (None, Some(patron.clone()));
         Self {
             table,
             wasi: Lazy { made, env, log },
+            files: Files::new(mounts),
             http,
-            hooks: Hooks,
+            hooks: Hooks::new(patron),
             memory,
             fuel,
         }
     }
 
     /// Another request begins in this instance.
-    pub(super) fn begin(&mut self, fuel: u64, log: Arc<dyn LogSink>) {
+    pub(super) fn begin(&mut self, fuel: u64, patron: Arc<dyn Patron>) {
+        let log: Arc<dyn LogSink> = patron.clone();
         self.fuel = fuel;
         self.memory.begin();
         if let Some(made) = &self.wasi.made {
             made.1.begin(log.clone());
         }
         self.wasi.log = Some(log);
+        self.hooks = Hooks::new(patron);
     }
 
     /// The request is over, and its instance waits for another.
@@ -96,13 +105,31 @@ impl Guest {
             made.1.end();
         }
         self.wasi.log = None;
+        self.hooks = Hooks::default();
+    }
+
+    /// What its requests to others are run by.
+    pub(super) fn errands(&self) -> Arc<Errands> {
+        Arc::clone(&self.hooks.errands)
     }
 
     /// Whether the guest holds nothing that could belong to a request: what a language's library
-    /// keeps for good are its standard streams.
+    /// keeps for good are its standard streams and the directories that it began with.
     pub(super) fn is_clean(&mut self) -> bool {
         let mut held = self.table.iter_mut();
-        held.all(|entry| entry.is::<DynOutputStream>())
+        let kept = |entry: &(dyn std::any::Any + Send)| {
+            entry.is::<DynOutputStream>() || entry.is::<Descriptor>()
+        };
+        self.files.is_at_rest() && held.all(|entry| kept(&*entry))
+    }
+
+    /// Its files, for one call.
+    pub(super) fn files(&mut self) -> FilesView<'_> {
+        FilesView {
+            table: &mut self.table,
+            files: &mut self.files,
+            patron: self.hooks.way.as_ref(),
+        }
     }
 
     /// The fuel that the request began with.
@@ -143,7 +170,21 @@ impl WasiHttpView for Guest {
 }
 
 /// What `wasi:http` may do for a guest.
-struct Hooks;
+#[derive(Default)]
+struct Hooks {
+    /// `None` between two requests.
+    way: Option<Arc<dyn Patron>>,
+    errands: Arc<Errands>,
+}
+
+impl Hooks {
+    fn new(patron: Arc<dyn Patron>) -> Self {
+        Self {
+            way: Some(patron),
+            errands: Arc::default(),
+        }
+    }
+}
 
 /// The result of an outgoing request: the answer, and the transfer of its body.
 type Sent = std::result::Result<
@@ -161,18 +202,30 @@ impl WasiHttpHooks for Hooks {
         FORBIDDEN.contains(name)
     }
 
-    fn is_supported_scheme(&mut self, _scheme: &Scheme) -> bool {
-        false
+    fn is_supported_scheme(&mut self, scheme: &Scheme) -> bool {
+        *scheme == Scheme::HTTP || *scheme == Scheme::HTTPS
     }
 
-    /// No guest has outbound HTTP: wasi-http's own sender would reach any address.
+    /// wasi-http's own sender would reach any address, at the host's expense.
     fn send_request(
         &mut self,
-        _request: http::Request<WasiBody>,
-        _options: Option<RequestOptions>,
+        request: http::Request<WasiBody>,
+        options: Option<RequestOptions>,
         _transfer: Box<dyn Future<Output = Transfer> + Send>,
     ) -> Box<dyn Future<Output = Sent> + Send> {
-        Box::new(async { Err(wasmtime_wasi_http::Error::HttpRequestDenied) })
+        let (answer, wait) = oneshot::channel();
+        let denied = Err(wasmtime_wasi_http::Error::HttpRequestDenied);
+        let begun = self.way.clone().map_or(denied, |way| {
+            let errand = || way.errand(request, options.into(), answer);
+            self.errands.begin(errand)
+        });
+        Box::new(async move {
+            begun?;
+            let gone = |_| wasmtime_wasi_http::Error::ConnectionTerminated;
+            let response = wait.await.map_err(gone)??;
+            let rest: Box<dyn Future<Output = Transfer> + Send> = Box::new(async { Ok(()) });
+            Ok((response, rest))
+        })
     }
 
     /// A guest can be this far ahead of a slow client: 16 chunks of at most 64 KiB.
@@ -202,6 +255,7 @@ pub(super) fn link(linker: &mut Linker<Guest>) -> Result<()> {
     io::error::add_to_linker::<Guest, Table>(linker, |guest| &mut guest.table)?;
     io::poll::add_to_linker::<Guest, Table>(linker, |guest| &mut guest.table)?;
     io::streams::add_to_linker::<Guest, Table>(linker, |guest| &mut guest.table)?;
+    super::files::link(linker)?;
     linker.allow_shadowing(false);
     wasmtime_wasi_http::p2::add_only_http_to_linker_async(linker)?;
     linker.instance("insula:guest/usage@0.1.0")?.func_wrap(

@@ -12,7 +12,9 @@
 //! * [`artefact`]: sealing and opening of compiled code
 //! * `load`: the unsafe island that maps compiled code that was opened
 //! * `program`: a component's code, in memory only while it is asked
+//! * `files`: `wasi:filesystem` over volumes with quotas
 //! * `guest`: what belongs to one instance: its WASI context, tables and memory meter
+//! * [`outgoing`]: requests that a guest sends
 //! * [`run`]: one request, from instantiation to the verdict
 //! * `shelf`: instances that wait for the next request of a service that reuses them
 //!
@@ -21,10 +23,12 @@
 pub mod artefact;
 pub mod compile;
 pub mod config;
+mod files;
 mod guest;
 mod guest_log;
 mod load;
 mod memory;
+pub mod outgoing;
 mod program;
 pub mod run;
 pub mod scan;
@@ -32,8 +36,10 @@ mod shelf;
 
 pub use compile::compile_child_main;
 pub use config::{Engine, EngineError, EngineLimits, compatibility};
+pub use files::Mounted;
 pub use guest_log::{LogLine, LogSink};
 pub use load::LoadError;
 pub use memory::{HostMemory, Refused, TenantMemory};
 pub use program::{Program, Vault};
+pub use run::Offload;
 pub use shelf::{Room, Shelf};

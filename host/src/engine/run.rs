@@ -22,10 +22,11 @@ use wasmtime_wasi_http::p2::bindings::http::types::{ErrorCode, Scheme};
 use wasmtime_wasi_http::p2::body::HyperOutgoingBody;
 
 use super::config::caps;
+use super::files::Mounted;
 use super::guest::Guest;
-use super::guest_log::LogSink;
 use super::load::Code;
 use super::memory::{MemoryMeter, Refused, TenantMemory};
+use super::outgoing::{Patron, beside};
 use super::program::Program;
 use super::shelf::Shelf;
 use crate::config::UrlScheme;
@@ -69,8 +70,15 @@ pub struct Verdict {
     pub detail: Option<String>,
 }
 
+/// Threads for what blocks.
+pub trait Offload: Send + Sync {
+    /// Has it done by one of them, at the tenant's expense. What it captured is dropped with it when
+    /// it cannot be done.
+    fn offload(self: Arc<Self>, piece: Box<dyn FnOnce() + Send>);
+}
+
 /// Whom a run tells of itself, in this order: start, head, end. Each comes at most once.
-pub trait RunEvents: LogSink + 'static {
+pub trait RunEvents: Patron + 'static {
     /// The guest's handler is entered; this is how long it took until then.
     fn started(&self, took: Duration);
     /// The guest has set the head of its answer.
@@ -98,6 +106,8 @@ pub struct Invocation<B, R> {
     pub tenant_memory: Arc<TenantMemory>,
     /// Its environment.
     pub env: Arc<[(String, String)]>,
+    /// Its volumes.
+    pub mounts: Arc<[Mounted]>,
     /// Who is told.
     pub events: Arc<R>,
 }
@@ -152,6 +162,7 @@ where
         grant,
         tenant_memory,
         env,
+        mounts,
         events,
     } = invocation;
     let began = Instant::now();
@@ -166,7 +177,7 @@ where
         None => match program.code(began).await {
             Ok(code) => {
                 let memory = MemoryMeter::new(tenant_memory, grant.memory, began);
-                let guest = Guest::new(memory, fuel, env, events.clone());
+                let guest = Guest::new(memory, fuel, env, mounts, events.clone());
                 (new_store(&code, guest), Ground::Code(code), 0)
             }
             Err(error) => {
@@ -192,7 +203,8 @@ where
         Ok(()) => {
             let request = (scheme, request);
             let (store, events) = (&mut *metered.store, &metered.events);
-            call(store, ground, request, events, began).await
+            let errands = store.data().errands();
+            beside(&errands, call(store, ground, request, events, began)).await
         }
         Err(error) => Err(error),
     };

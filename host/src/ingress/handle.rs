@@ -279,6 +279,7 @@ async fn work(
         },
         tenant_memory: Arc::clone(&service.tenant.memory),
         env: Arc::clone(&service.env),
+        mounts: Arc::clone(&service.mounts),
         events: Arc::clone(&exchange),
     })
     .await;

@@ -159,6 +159,9 @@ mod tests {
             memory: Arc::new(crate::engine::TenantMemory::new(Arc::new(
                 crate::engine::HostMemory::new(insula_types::Bytes::MAX),
             ))),
+            offload: Arc::default(),
+            storage: Arc::default(),
+            places: crate::outbound::Outbound::tenant_places(),
         });
         let log = super::super::logs::ServiceLog::new(
             ServiceId::new(id),
@@ -171,6 +174,14 @@ mod tests {
             tenant,
             limits: insula_types::spec::RequestLimits::default(),
             env: Arc::default(),
+            mounts: Arc::default(),
+            outbound: crate::outbound::Outbound::new(
+                Default::default(),
+                Arc::new(crate::outbound::Inquiries::new(
+                    tokio::sync::mpsc::channel(1).0.downgrade(),
+                )),
+            ),
+            outbound_rules: Arc::default(),
             usage_header: false,
             versions: Default::default(),
             sticky_header: None,

@@ -32,6 +32,9 @@ pub enum LinkError {
     /// The frame holds no message, or one that must not be.
     #[error(transparent)]
     Message(#[from] wire::MessageError),
+    /// The peer asks more at once than one that is sound would.
+    #[error("the other process asks too much")]
+    Insistent,
     /// The peer is gone.
     #[error("the other process has closed the connection")]
     Closed,

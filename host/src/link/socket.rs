@@ -201,6 +201,7 @@ mod tests {
                 },
                 traffic: Traffic::none(),
                 versions: (0..files).map(version).collect(),
+                mounts: Vec::new(),
             })),
         }
     }

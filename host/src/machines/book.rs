@@ -309,8 +309,8 @@ pub(crate) fn after_absence(stored: &State, ended: Ended) -> State {
     state
 }
 
-/// For [`Book::get_mut`]: asks to start.
-pub(crate) const START: Event = Event::Start(Source::Boot);
+/// For [`Entry::ask`].
+pub(crate) const BOOT: Event = Event::Start(Source::Boot);
 
 #[cfg(test)]
 mod tests {
@@ -411,7 +411,7 @@ mod tests {
     fn a_start_that_fails_says_why() {
         let mut book = book(State::Defined);
         let entry = book.get_mut(ID).expect("it is there");
-        entry.ask(&START).expect("a defined machine");
+        entry.ask(&BOOT).expect("a defined machine");
         assert_eq!(book.committed(None), 64 << 20);
         book.tell(ID, ended(Some(Cause::Setup)));
         let State::Failed { failure } = book.get(ID).expect("it is there").state() else {

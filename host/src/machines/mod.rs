@@ -11,6 +11,7 @@
 //! * [`book`]: every machine's life, and what control does with it
 //! * [`runner`]: the thread that speaks with a monitor
 //! * [`start`], [`place`], [`cgroups`]: what a monitor is born into
+//! * [`saved`]: its snapshot, sealed
 //! * [`times`]: what it uses
 //!
 //! *Invariant:* a monitor is known by its directory, not by its parent: whatever happens to this
@@ -22,6 +23,7 @@ pub(crate) mod book;
 pub(crate) mod cgroups;
 pub(crate) mod place;
 pub(crate) mod runner;
+pub(crate) mod saved;
 pub(crate) mod start;
 pub(crate) mod times;
 

@@ -7,6 +7,7 @@
 //!                      record         why it ended
 //!                      log            what it said, the last two times
 //!                      disk-<n>       what the guest wrote, over the image
+//!                      saved/         its last snapshot
 //! ```
 //!
 //! Only ids stand in paths. The directory outlives host and monitor: a host that starts finds here
@@ -18,12 +19,15 @@ use std::os::fd::OwnedFd;
 use std::os::unix::fs::DirBuilderExt;
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
+use std::time::SystemTime;
 
 use insula_types::MachineId;
 use insula_vmm::monitor::Client;
 use insula_vmm::monitor::launch;
 use insula_vmm::monitor::protocol::Record;
 use sha2::Digest as _;
+
+use super::saved;
 
 const SOCKET: &str = "control";
 const RECORD: &str = "record";
@@ -95,6 +99,22 @@ impl Place {
         self.salt
     }
 
+    /// The directory itself.
+    pub(super) fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Makes the directory, if it is not there.
+    pub(super) fn make(&self) -> io::Result<()> {
+        make(&self.path, 0o711)
+    }
+
+    /// When its last snapshot was made, if there is one.
+    pub(crate) fn saved_at(&self) -> Option<SystemTime> {
+        let made = fs::metadata(saved::saved(&self.path));
+        made.ok()?.modified().ok()
+    }
+
     /// The monitor's root.
     pub(crate) fn root(&self) -> PathBuf {
         self.path.join("root")
@@ -102,7 +122,7 @@ impl Place {
 
     /// Makes everything ready for a new monitor: its socket, its record, its log.
     pub(crate) fn prepare(&self) -> io::Result<(OwnedFd, File, File)> {
-        make(&self.path, 0o711)?;
+        self.make()?;
         make(&self.root(), 0o755)?;
         forget(&self.path.join(SOCKET))?;
         let socket = launch::listen_at(&self.path, SOCKET)?;
@@ -139,20 +159,24 @@ impl Place {
 
     /// What the guest writes to its disk number `number`; empty when it is new.
     pub(crate) fn overlay(&self, number: usize) -> io::Result<File> {
-        make(&self.path, 0o711)?;
+        self.make()?;
         File::options()
             .read(true)
             .write(true)
             .create(true)
             .truncate(false)
-            .open(self.path.join(format!("disk-{number}")))
+            .open(self.path.join(saved::overlay(number)))
     }
 
     /// Bytes that its files take on the host's disk.
     pub(crate) fn stored_bytes(&self) -> u64 {
         use std::os::unix::fs::MetadataExt;
-        let entries = fs::read_dir(&self.path).into_iter().flatten().flatten();
-        let sizes = entries.filter_map(|entry| entry.metadata().ok());
+        let own = fs::read_dir(&self.path).into_iter().flatten();
+        let saved = fs::read_dir(saved::saved(&self.path)).into_iter().flatten();
+        let sizes = own
+            .chain(saved)
+            .flatten()
+            .filter_map(|entry| entry.metadata().ok());
         // stat(2): blocks of 512 bytes.
         sizes.map(|metadata| metadata.blocks() * 512).sum()
     }

@@ -10,6 +10,7 @@
 //! does not answer for [`SILENCE`] is killed: that is the watchdog over monitors, and the machine
 //! fails with that reason. When the host ends, the threads let go of their monitors, which go on.
 
+use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
@@ -22,7 +23,7 @@ use insula_vmm::event::Event;
 use insula_vmm::life::{Exit, MonitorPid};
 use insula_vmm::machine::Phase;
 use insula_vmm::monitor::protocol::{Record, Reply, Request, Statistics};
-use insula_vmm::monitor::wire::Outgoing;
+use insula_vmm::monitor::wire::{Outgoing, SlotError};
 use insula_vmm::monitor::{CallError, Client};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
@@ -32,11 +33,14 @@ use super::cgroups::Groups;
 use super::place::Place;
 use super::start::{self, Plan};
 use super::times::{self, Times};
+use crate::pool::clock::{child_cpu_ns, paid_by_others};
 
 /// How often a machine is looked at.
 const LOOK_EVERY: Duration = Duration::from_secs(1);
 /// A monitor that says nothing for so long is killed.
 const SILENCE: Duration = Duration::from_secs(10);
+/// Writing a machine's memory to a disk.
+pub(crate) const SAVING: Duration = Duration::from_secs(600);
 /// How long the end of a process may take once its socket is closed.
 const ENDING: Duration = Duration::from_secs(5);
 
@@ -48,6 +52,8 @@ pub(crate) enum Ask {
     Order(Request, Answer),
     /// A terminal.
     Console(OwnedFd, Answer),
+    /// Write state and memory of a machine that is paused into these files.
+    Save(File, File, Answer),
 }
 
 /// What a runner tells control of its machine.
@@ -201,6 +207,8 @@ impl Monitor {
         }
         let child = self.child.as_mut()?;
         let ran = times::all_that_ran(child.id()).unwrap_or_default();
+        // What it ran is its tenant's; waited for, it is in this process's books as well.
+        paid_by_others(child_cpu_ns(child.id()));
         let status = child.wait().ok()?;
         let signal = || status.signal().map(Exit::Signal);
         let exit = status.code().map(Exit::Code).or_else(signal)?;
@@ -344,6 +352,7 @@ fn answer_all(
                 };
                 (outcome, answer)
             }
+            Ok(Ask::Save(state, memory, answer)) => (save(monitor, &state, &memory), answer),
             Err(TryRecvError::Empty) => return Ok(Waiting::ForMore),
             Err(TryRecvError::Disconnected) => return Ok(Waiting::ForNobody),
         };
@@ -357,6 +366,16 @@ fn answer_all(
             }
         }
     }
+}
+
+fn save(monitor: &Monitor, state: &File, memory: &File) -> Result<(), CallError> {
+    let refused = |error: SlotError| CallError::Refused(error.to_string());
+    let mut with = Outgoing::default();
+    let request = Request::Save {
+        state: with.add(state.as_fd()).map_err(refused)?,
+        memory: with.add(memory.as_fd()).map_err(refused)?,
+    };
+    monitor.client.order(&request, &with, SAVING)
 }
 
 /// Looks at one monitor.

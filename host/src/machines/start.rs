@@ -44,13 +44,24 @@ pub(crate) struct OpenImage {
     pub(crate) bytes: u64,
 }
 
+/// What a machine begins with.
+#[derive(Debug)]
+pub(crate) enum Begin {
+    /// Its kernel, and an initial ramdisk.
+    Boot {
+        kernel: OpenImage,
+        initrd: Option<OpenImage>,
+    },
+    /// A snapshot, whose disks it has already.
+    Saved { state: File, memory: File },
+}
+
 /// A machine that is to be started, with its images.
 #[derive(Debug)]
 pub(crate) struct Plan {
     pub(crate) program: PathBuf,
     pub(crate) spec: MachineSpec,
-    pub(crate) kernel: OpenImage,
-    pub(crate) initrd: Option<OpenImage>,
+    pub(crate) begin: Begin,
     /// One for each of the spec's.
     pub(crate) disks: Vec<OpenImage>,
 }
@@ -90,9 +101,11 @@ impl Plan {
             user,
             group: user,
             descriptors: self.threads() * DESCRIPTORS_EACH + DESCRIPTORS_BESIDE,
+            // A snapshot of its memory is a file as well.
             file_bytes: largest
                 .max()
                 .unwrap_or(0)
+                .max(self.spec.memory.get())
                 .saturating_add(OVERLAY_BESIDE_BYTES),
             threads: self.threads(),
             walls: if rustix::process::geteuid().is_root() {
@@ -159,18 +172,25 @@ pub(super) fn tell(whose: &Whose, client: &Client, plan: Plan) -> Result<(), Sta
             writes,
         });
     }
-    let initrd = plan.initrd.as_ref();
-    let machine = MachineDescription {
-        kvm: with.add(kvm.as_fd())?,
-        origin: Origin::Boot {
+    let origin = match &plan.begin {
+        Begin::Boot { kernel, initrd } => Origin::Boot {
             vcpus: plan.spec.vcpus,
             memory_bytes: plan.spec.memory.get(),
-            kernel: with.add(plan.kernel.file.as_fd())?,
-            initrd: initrd
-                .map(|image| with.add(image.file.as_fd()))
-                .transpose()?,
+            kernel: with.add(kernel.file.as_fd())?,
+            initrd: match initrd {
+                Some(image) => Some(with.add(image.file.as_fd())?),
+                None => None,
+            },
             command_line: plan.spec.cmdline.clone(),
         },
+        Begin::Saved { state, memory } => Origin::Snapshot {
+            state: with.add(state.as_fd())?,
+            memory: with.add(memory.as_fd())?,
+        },
+    };
+    let machine = MachineDescription {
+        kvm: with.add(kvm.as_fd())?,
+        origin,
         disks,
         vsock: Some(with.add(vsock.as_fd())?),
     };

@@ -455,7 +455,8 @@ impl Pool {
                 (end, None)
             }
         };
-        let used = used + exchange.service.tenant.owed_ns(used);
+        let used = used.saturating_add(exchange.take_owed());
+        let used = used.saturating_add(exchange.service.tenant.owed_ns(used));
         let charged = inner.charge(worker, Nanos::from_nanos(used), end, at);
         let finished = gone.as_ref().map(|job| inner.finished(job, at));
         drop(guard);

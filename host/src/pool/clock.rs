@@ -5,6 +5,7 @@
 )]
 
 use std::sync::OnceLock;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use rustix::time::{ClockId, clock_gettime};
@@ -164,6 +165,22 @@ pub fn children_cpu_ns() -> u64 {
     // proc(5): fields 16 and 17 of the process are those of its waited-for children.
     let own = std::fs::read_to_string("/proc/self/stat");
     own.map_or(0, |stat| sum_fields(&stat, 16..=17)) * TICK_NS
+}
+
+/// CPU time of this process and its children that others than the host pay for.
+static PAID_BY_OTHERS_NS: AtomicU64 = AtomicU64::new(0);
+
+/// So much of this process's own time, or of that of children which it has waited for, is charged
+/// elsewhere.
+pub fn paid_by_others(cpu_ns: u64) {
+    PAID_BY_OTHERS_NS.fetch_add(cpu_ns, Ordering::Relaxed);
+}
+
+/// CPU time of this process and of the children that it has waited for, but for what others pay.
+#[must_use]
+pub fn own_cpu_ns() -> u64 {
+    let others = PAID_BY_OTHERS_NS.load(Ordering::Relaxed);
+    (process_cpu_ns() + children_cpu_ns()).saturating_sub(others)
 }
 
 /// CPU time of a child that was not waited for yet, in nanoseconds, by the kernel's books.

@@ -17,6 +17,7 @@ use insula_types::{Outcome, ServiceId, TenantId};
 use super::admission::{Arrival, Shed};
 use super::exchange::Exchange;
 use super::jobs::{Job, JobKey, JobWaker, Wakefulness, Work};
+use super::offload::Offload;
 use super::run_queue::{RunQueue, key_of};
 use super::runners::{Lender, Runners};
 use super::slot::WorkerSlot;
@@ -26,6 +27,8 @@ pub struct Pool {
     pub(super) queue: Mutex<RunQueue>,
     pub(super) workers: Box<[WorkerSlot]>,
     pub(super) runners: Runners,
+    /// For what blocks.
+    pub(super) offload: Arc<Offload>,
     /// There are jobs that any worker may take: they take longer than a slice.
     pub(super) help_wanted: AtomicBool,
     pub(super) epoch: Instant,
@@ -73,10 +76,17 @@ impl Pool {
             queue: Mutex::new(queue),
             workers: (0..workers).map(|_| WorkerSlot::default()).collect(),
             runners: Runners::default(),
+            offload: Arc::default(),
             help_wanted: AtomicBool::new(false),
             epoch: Instant::now(),
             this: this.clone(),
         }))
+    }
+
+    /// Threads for what blocks.
+    #[must_use]
+    pub fn offload(&self) -> Arc<Offload> {
+        Arc::clone(&self.offload)
     }
 
     pub(super) fn nanos(&self, now: Instant) -> Nanos {
@@ -316,13 +326,16 @@ impl Pool {
                 .iter()
                 .map(|slot| slot.tid.load(Ordering::Relaxed)),
         );
+        tids.extend(self.offload.tids());
         let workers: u64 = self
             .workers
             .iter()
             .map(|slot| slot.host_ns.load(Ordering::Relaxed))
             .sum();
         let others = super::clock::cpu_ns_without(&tids);
-        workers + self.runners.host_ns() + others.saturating_sub(self.runners.gone_ns())
+        let lent = self.runners.host_ns() + self.offload.host_ns();
+        let gone = self.runners.gone_ns() + self.offload.gone_ns();
+        workers + lent + others.saturating_sub(gone)
     }
 
     /// Time that a tenant's runnable requests waited for a core, and time that its limit held

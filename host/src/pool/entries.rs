@@ -6,16 +6,20 @@ use std::time::Duration;
 
 use http::{HeaderMap, HeaderName};
 use insula_metrics::{DataMetrics, Direction, Kind, ServiceMetrics, TenantMetrics};
+use insula_types::outbound::OutboundRule;
 use insula_types::spec::RequestLimits;
 use insula_types::{Outcome, ServiceId, ServiceName, TenantId, TenantName, VersionNumber};
 
 use super::exchange::Record;
+use super::offload::Offload;
 use super::pace::Pace;
 use super::request_id::RequestId;
 use super::versions::{Active, Choice, Versions};
-use crate::engine::TenantMemory;
+use crate::engine::{Mounted, TenantMemory};
 use crate::ingress::logs::ServiceLog;
 use crate::messages::{UsageDelta, VersionDelta};
+use crate::outbound::{Outbound, Places};
+use crate::storage::TenantStorage;
 
 /// A tenant. Lives as long as anything of it does; its envelope is in the pool.
 #[derive(Debug)]
@@ -28,6 +32,12 @@ pub struct TenantEntry {
     pub memory: Arc<TenantMemory>,
     /// Its metric series.
     pub metrics: Arc<TenantMetrics>,
+    /// Its volumes together.
+    pub storage: Arc<TenantStorage>,
+    /// Where its blocking work is done.
+    pub offload: Arc<Offload>,
+    /// For requests that its guests send.
+    pub places: Arc<Places>,
     /// CPU time of its connections, in nanoseconds, that the scheduler has not charged yet.
     pub owed: AtomicU64,
 }
@@ -57,6 +67,12 @@ pub struct ServiceEntry {
     pub limits: RequestLimits,
     /// The environment of its guests.
     pub env: Arc<[(String, String)]>,
+    /// Its volumes, and where its guests find them.
+    pub mounts: Arc<[Mounted]>,
+    /// The way out of its guests.
+    pub outbound: Arc<Outbound>,
+    /// Where it may lead to.
+    pub outbound_rules: Arc<[OutboundRule]>,
     /// Whether answers carry `insula-usage`.
     pub usage_header: bool,
     /// What serves, and how much of it.
@@ -83,8 +99,7 @@ impl Payer {
 
     /// Charges measured CPU time.
     pub fn charge(&self, ns: u64) {
-        self.stats.cpu_ns.fetch_add(ns, Ordering::Relaxed);
-        self.tenant.metrics.add_cpu_ns(Kind::Wasm, ns);
+        self.stats.charge_cpu(&self.tenant, ns);
         self.tenant.owed.fetch_add(ns, Ordering::Relaxed);
     }
 }
@@ -124,6 +139,11 @@ impl ServiceStats {
             log,
         }
     }
+
+    fn charge_cpu(&self, tenant: &TenantEntry, ns: u64) {
+        self.cpu_ns.fetch_add(ns, Ordering::Relaxed);
+        tenant.metrics.add_cpu_ns(Kind::Wasm, ns);
+    }
 }
 
 impl ServiceEntry {
@@ -159,8 +179,7 @@ impl ServiceEntry {
 
     /// Charges measured CPU time, as soon as it was measured.
     pub fn charge_cpu(&self, ns: u64) {
-        self.stats.cpu_ns.fetch_add(ns, Ordering::Relaxed);
-        self.tenant.metrics.add_cpu_ns(Kind::Wasm, ns);
+        self.stats.charge_cpu(&self.tenant, ns);
     }
 
     /// Who pays for work on its connections.

@@ -11,12 +11,16 @@ use std::time::{Duration, Instant};
 
 use insula_metrics::{InstanceGuard, InstanceState};
 use insula_types::{Outcome, VersionNumber};
+use tokio::sync::oneshot;
 
 use super::entries::ServiceEntry;
+use super::offload::Payer;
 use super::request_id::RequestId;
+use crate::engine::outgoing::{Answered, Errand, OutgoingBody, Patience, WayOut};
 use crate::engine::run::{Head, Ledger, RunEvents, Verdict};
-use crate::engine::{LogLine, LogSink};
+use crate::engine::{LogLine, LogSink, Offload};
 use crate::messages::LogSource;
+use crate::outbound::{Clerk, Sender};
 
 /// What one request used and how it ended.
 #[derive(Debug)]
@@ -87,6 +91,8 @@ pub struct Exchange {
     pub quantum: u64,
     /// CPU time charged so far, in nanoseconds.
     pub cpu_ns: AtomicU64,
+    /// Part of it that the scheduler does not know of yet: work on other threads.
+    owed_ns: AtomicU64,
     /// Bytes of the request so far.
     pub bytes_in: AtomicU64,
     /// Bytes of the answer so far.
@@ -115,6 +121,7 @@ impl Exchange {
             quantum,
             request_id,
             cpu_ns: AtomicU64::new(0),
+            owed_ns: AtomicU64::new(0),
             bytes_in: AtomicU64::new(0),
             bytes_out: AtomicU64::new(0),
             began,
@@ -212,6 +219,11 @@ impl Exchange {
         self.service.charge_cpu(ns);
     }
 
+    /// CPU time of other threads that was charged since this was asked last.
+    pub(super) fn take_owed(&self) -> u64 {
+        self.owed_ns.swap(0, Ordering::Relaxed)
+    }
+
     /// Says how far the answer got. The first word counts.
     pub fn answered(&self, answer: Answer) {
         let _ = self.answer.compare_exchange(
@@ -250,6 +262,46 @@ impl LogSink for Exchange {
     fn line(&self, line: LogLine) {
         let log = &self.service.stats.log;
         log.line(line, self.version, self.request_id.as_str());
+    }
+}
+
+impl Payer for Exchange {
+    fn pays(&self, cpu_ns: u64) {
+        self.charge_cpu(cpu_ns);
+        self.owed_ns.fetch_add(cpu_ns, Ordering::Relaxed);
+    }
+}
+
+impl Clerk for Exchange {
+    fn pays(&self, cpu_ns: u64) {
+        Payer::pays(self, cpu_ns);
+    }
+}
+
+impl Offload for Exchange {
+    fn offload(self: Arc<Self>, piece: Box<dyn FnOnce() + Send>) {
+        let tenant = Arc::clone(&self.service.tenant);
+        tenant.offload.submit(tenant.id, Some(self), piece);
+    }
+}
+
+impl WayOut for Exchange {
+    fn errand(
+        self: Arc<Self>,
+        request: http::Request<OutgoingBody>,
+        patience: Patience,
+        answer: oneshot::Sender<Answered>,
+    ) -> Errand {
+        let service = &self.service;
+        let sender = Sender {
+            host: Arc::clone(&service.outbound),
+            rules: Arc::clone(&service.outbound_rules),
+            tenant: service.tenant.id,
+            places: Arc::clone(&service.tenant.places),
+            metrics: Arc::clone(&service.tenant.metrics),
+            clerk: self,
+        };
+        Box::pin(sender.send(request, patience, answer))
     }
 }
 

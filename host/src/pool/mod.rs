@@ -38,6 +38,7 @@ pub mod dispatcher;
 pub mod entries;
 pub mod exchange;
 pub mod jobs;
+pub mod offload;
 pub mod pace;
 pub mod request_id;
 mod run_queue;

@@ -18,6 +18,7 @@ use std::net::TcpListener;
 use std::os::fd::{AsFd, AsRawFd};
 use std::os::unix::net::UnixStream as Blocking;
 use std::process::ExitCode;
+use std::sync::Arc;
 
 use tokio::net::UnixStream;
 use tokio::signal::unix::{SignalKind, signal};
@@ -28,7 +29,8 @@ use super::walls::{self, Wall};
 use crate::data::{self, DataConfig, DataPlane};
 use crate::engine::artefact::ArtefactKey;
 use crate::link::{LinkError, socket};
-use crate::messages::{COMMAND_QUEUE, Command, FromData, REPORT_QUEUE};
+use crate::messages::{COMMAND_QUEUE, Command, FromData, REPORT_QUEUE, ToData};
+use crate::outbound::Inquiries;
 use crate::tls::{Certificate, Use};
 
 /// The whole life of the data process. To be called by the program before it has a second thread.
@@ -67,6 +69,7 @@ struct Running {
     plane: DataPlane,
     commands: mpsc::Sender<Command>,
     reports: mpsc::Receiver<FromData>,
+    inquiries: Arc<Inquiries>,
 }
 
 fn start(link: &Blocking, mut walls: Vec<Wall>) -> Result<Running, String> {
@@ -88,6 +91,7 @@ fn start(link: &Blocking, mut walls: Vec<Wall>) -> Result<Running, String> {
         instances: settings.instances,
         code_idle: settings.code_idle,
         guest_memory: settings.guest_memory,
+        outbound_networks: settings.outbound_networks,
         artefact_key: ArtefactKey::from_bytes(settings.artefact_key),
     };
     let engine = data::engine(&config).map_err(|error| error.to_string())?;
@@ -95,11 +99,20 @@ fn start(link: &Blocking, mut walls: Vec<Wall>) -> Result<Running, String> {
     let listeners = shared(listeners, settings.workers).map_err(|error| error.to_string())?;
     let (commands, commands_in) = mpsc::channel(COMMAND_QUEUE);
     let (reports_out, reports) = mpsc::channel(REPORT_QUEUE);
-    let plane = data::start(config, engine, listeners, commands_in, reports_out, walls);
+    let inquiries = Arc::new(Inquiries::new(reports_out.downgrade()));
+    let plane = data::start(
+        config,
+        engine,
+        listeners,
+        (commands_in, reports_out),
+        walls,
+        Arc::clone(&inquiries),
+    );
     Ok(Running {
         plane: plane.map_err(|error| error.to_string())?,
         commands,
         reports,
+        inquiries,
     })
 }
 
@@ -123,13 +136,14 @@ fn serve(running: Running, link: Blocking) -> ExitCode {
         plane,
         commands,
         reports,
+        inquiries,
     } = running;
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build();
     let ended = runtime
         .map_err(LinkError::from)
-        .and_then(|runtime| runtime.block_on(carry(link, commands, reports)));
+        .and_then(|runtime| runtime.block_on(carry(link, commands, reports, &inquiries)));
     // The command channel is closed by now, and the desk tells the workers to leave.
     drop(plane);
     match ended {
@@ -145,6 +159,7 @@ async fn carry(
     link: Blocking,
     commands: mpsc::Sender<Command>,
     mut reports: mpsc::Receiver<FromData>,
+    inquiries: &Inquiries,
 ) -> Result<(), LinkError> {
     // A handler that is there and does nothing: they are for the parent, which tells us to drain.
     let _deaf = [
@@ -157,7 +172,12 @@ async fn carry(
     let mut inbox = socket::Inbox::default();
     let incoming = async {
         loop {
-            let command = socket::receive(&link, &mut inbox).await?;
+            let command: Command = socket::receive(&link, &mut inbox).await?;
+            // Not behind other commands: a drain waits for the requests that wait for this.
+            if let ToData::Answer(answer) = command.body {
+                inquiries.answer(answer);
+                continue;
+            }
             if commands.send(command).await.is_err() {
                 return Ok(());
             }

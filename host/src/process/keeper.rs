@@ -32,13 +32,17 @@ use rustix::process::{Pid, WaitId, WaitIdOptions, waitid};
 use tokio::net::UnixStream;
 use tokio::sync::mpsc;
 
+use super::inquest::Inquest;
 use super::walls::Wall;
 use super::{Assignment, Settings};
 use crate::link::frame::FILES_MAX;
 use crate::link::{LinkError, socket};
 use crate::messages::{COMMAND_QUEUE, Command, DataEvent, FromData, REPORT_QUEUE, ToData};
+use crate::outbound::Network;
 use crate::pool::clock::child_cpu_ns;
+use crate::pool::offload::Offload;
 use crate::pool::worker::{self, WorkerError};
+use crate::storage::can_shut_in;
 use crate::tls::Certificate;
 
 /// How long a data process may take until it takes commands.
@@ -90,6 +94,8 @@ pub struct DataSpec {
     pub code_idle: Duration,
     /// What all guests together may use.
     pub guest_memory: Bytes,
+    /// Networks beside the Internet that guests may reach, where their services' lists do.
+    pub outbound_networks: Vec<Network>,
     /// The key that artefacts are sealed with.
     pub artefact_key: [u8; 32],
     /// An empty directory, which becomes its root.
@@ -175,6 +181,7 @@ pub fn start(
     let (started, start) = std::sync::mpsc::sync_channel(1);
     let keep = Keep {
         spec,
+        offload: Arc::default(),
         listeners,
         events,
     };
@@ -227,6 +234,8 @@ type Started = std::sync::mpsc::SyncSender<Result<(), StartError>>;
 /// The state of the keeper's thread.
 struct Keep {
     spec: DataSpec,
+    /// For what the data process asks.
+    offload: Arc<Offload>,
     listeners: Vec<TcpListener>,
     events: mpsc::Sender<DataEvent>,
 }
@@ -307,16 +316,25 @@ impl Keep {
         match tokio::time::timeout(START_WITHIN, assigned).await {
             Err(_) => Err(StartError::Late),
             Ok(Err(error)) => Err(error.into()),
-            Ok(Ok(FromData::Ready(walls))) => Ok(Life {
-                child,
-                link,
-                inbox,
-                began,
-                walls,
-            }),
+            Ok(Ok(FromData::Ready(mut walls))) => {
+                walls.push(self.wall_of_volumes());
+                Ok(Life {
+                    child,
+                    link,
+                    inbox,
+                    began,
+                    walls,
+                })
+            }
             Ok(Ok(FromData::Failed(reason))) => Err(StartError::Failed(reason)),
             Ok(Ok(_)) => Err(StartError::Failed("it says something else".to_owned())),
         }
+    }
+
+    /// This one is made here: of what is handed over.
+    fn wall_of_volumes(&self) -> Wall {
+        let root = std::fs::File::open(&self.spec.root);
+        Wall::new("nothing above volumes", root.and_then(can_shut_in))
     }
 
     fn settings(&self) -> Settings {
@@ -328,6 +346,7 @@ impl Keep {
             instances: spec.instances,
             code_idle: spec.code_idle,
             guest_memory: spec.guest_memory,
+            outbound_networks: spec.outbound_networks.clone(),
             artefact_key: spec.artefact_key,
             certificate: spec.certificate.as_ref().map(|now| now.pem().1),
             root: spec.root.clone(),
@@ -348,10 +367,20 @@ impl Keep {
         if self.events.send(up).await.is_err() {
             return (child, Ended::Dismissed);
         }
+        let (inquest, mut answers) = Inquest::new(Arc::clone(&self.offload));
         let (listeners, events) = (&mut self.listeners, &self.events);
         let incoming = async {
             loop {
                 match socket::receive(&link, &mut inbox).await {
+                    Ok(FromData::Asks {
+                        id,
+                        tenant,
+                        question,
+                    }) => {
+                        if !inquest.begin(id, tenant, question) {
+                            return Ended::Died(LinkError::Insistent);
+                        }
+                    }
                     Ok(report) => {
                         if events.send(DataEvent::Says(report)).await.is_err() {
                             return Ended::Dismissed;
@@ -362,7 +391,19 @@ impl Keep {
             }
         };
         let outgoing = async {
-            while let Some(command) = commands_out.recv().await {
+            loop {
+                // Both are cancel-safe: what was not received stays.
+                let (command, _place) = tokio::select! {
+                    command = commands_out.recv() => match command {
+                        Some(command) => (command, None),
+                        None => return Ended::Dismissed,
+                    },
+                    // Its other end is here, in `inquest`.
+                    Some((answer, place)) = answers.recv() => {
+                        let body = ToData::Answer(answer);
+                        (Command { seq: 0, body }, Some(place))
+                    }
+                };
                 if matches!(command.body, ToData::Drain { .. }) {
                     // Data closes its own.
                     listeners.clear();
@@ -376,7 +417,6 @@ impl Keep {
                     Err(error) => return Ended::Died(error),
                 }
             }
-            Ended::Dismissed
         };
         // Whichever ends first ends this life; what the other one was at is of no use then.
         let ended = tokio::select! {

@@ -14,13 +14,14 @@
 //!
 //! * [`keeper`]: control's side; starts the process, and starts it again when it dies
 //! * [`child`]: what the process does
+//! * [`inquest`]: what control finds out for it
 //! * [`walls`]: what it gives up before it takes a request
 //!
 //! **Data dies.** The kernel closes its end of the link. The keeper says [`DataEvent::Down`], buries
 //! the process and starts another with the same listeners, in which clients' connections wait
 //! meanwhile; control then tells it everything ([`crate::control`]'s `reconcile`).
 //!
-//! **Control dies.** The data process is killed by the kernel with it (decision 21): without
+//! **Control dies.** The data process is killed by the kernel with it (decision 23): without
 //! control there is nobody to take a change back, to count what is used, or to stop it. The next
 //! control starts a new one.
 //!
@@ -36,9 +37,11 @@ use insula_types::spec::RequestLimits;
 use serde::{Deserialize, Serialize};
 
 use crate::link::wire::{Message, MessageError, Parcel};
+use crate::outbound::Network;
 use crate::tls::Pem;
 
 pub mod child;
+mod inquest;
 pub mod keeper;
 pub mod walls;
 
@@ -59,6 +62,7 @@ struct Settings {
     instances: u32,
     code_idle: Duration,
     guest_memory: Bytes,
+    outbound_networks: Vec<Network>,
     artefact_key: [u8; 32],
     certificate: Option<Pem>,
     /// An empty directory, which becomes its root.

@@ -7,13 +7,14 @@
 //!                    mount namespace, an empty directory as its root, no queues of the host
 //!                    bounds on descriptors, threads, files; no core dump
 //!                    its own user, no capabilities, no new privileges, not dumpable
-//!                    a filter: the system calls of [`CALLS`], none of which opens a file or a socket
+//!                    a filter: the system calls of [`CALLS`], which open files below directories that
+//!                    were handed over, and connections to the Internet
 //!                    killed by the kernel when control dies
 //!  threads inherit all of it
 //! ```
 //!
 //! What the kernel refuses is noted, said at the start and shown in `/v1/host`; the process runs with
-//! what holds (decision 21). The measures are those of the machines' jail ([`insula_vmm::jail`]),
+//! what holds (decision 23). The measures are those of the machines' jail ([`insula_vmm::jail`]),
 //! but for the network: connections are accepted from listeners that were bound outside, which a
 //! namespace without interfaces would not hinder, but it would hinder guests' own requests.
 //!
@@ -38,8 +39,9 @@ use serde::{Deserialize, Serialize};
 const DATA_USER: NonZeroU32 = NonZeroU32::new(1_879_048_193).unwrap();
 /// Workers, runners and the few others.
 const THREADS_MAX: u64 = 4_096;
-/// Images of guests' memories are files without a name.
-const FILE_MAX_BYTES: u64 = 64 << 30;
+/// What there can be (`off_t`): volumes have quotas of their own, and a call beyond a bound of the
+/// process would not fail but end it (`setrlimit(2)`, RLIMIT_FSIZE).
+const FILE_MAX_BYTES: u64 = i64::MAX.unsigned_abs();
 /// Half-way to what is killed first (`proc_pid_oom_score_adj(5)`).
 const OOM_SCORE: &str = "500";
 /// `getrlimit(2)`, `RLIMIT_NICE`: 20 minus this is the nicest level that a thread may return to,
@@ -56,7 +58,7 @@ pub struct Wall {
 }
 
 impl Wall {
-    fn new(name: &str, outcome: Result<(), impl ToString>) -> Self {
+    pub(super) fn new(name: &str, outcome: Result<(), impl ToString>) -> Self {
         Self {
             name: name.to_owned(),
             missing: outcome.err().map(|why| why.to_string()),
@@ -111,6 +113,13 @@ fn took(spec: &Spec, measures: &[Measure]) -> Vec<Wall> {
             .map(|measure| Wall::new(measure.word(), Err(&not_alone)))
             .collect(),
     }
+}
+
+/// Whose the files must be that the data process is to change, where it has a user of its own.
+pub(crate) fn owner_of_files(walls: &[Wall]) -> Option<NonZeroU32> {
+    let own = |wall: &&Wall| wall.name == Measure::OwnUser.word();
+    let wall = walls.iter().find(own)?;
+    wall.missing.is_none().then_some(DATA_USER)
 }
 
 /// First of all: lets go of what was inherited by mistake.
@@ -189,10 +198,12 @@ const ANY: Only = Only::AnyArguments;
 
 /// `linux/prctl.h`: names of threads and of mappings.
 const NAMES: Only = Only::One(0, &[15, 0x5356_4d41]);
-/// `FIONBIO`, and `PAGEMAP_SCAN` of `linux/fs.h`.
-const IOCTLS: Only = Only::One(1, &[0x5421, 0xc060_6610]);
+/// `FIONBIO`; `PAGEMAP_SCAN` and `FICLONE` of `linux/fs.h`.
+const IOCTLS: Only = Only::One(1, &[0x5421, 0xc060_6610, 0x4004_9409]);
 /// `AF_UNIX`.
 const LOCAL: Only = Only::One(0, &[1]);
+/// `AF_INET`, `AF_INET6`.
+const INTERNET: Only = Only::One(0, &[2, 10]);
 
 /// What the data process may ask of the kernel. Calls that are checked by their number alone cost
 /// next to nothing: the kernel keeps a bitmap of them.
@@ -204,12 +215,35 @@ const CALLS: &[(i64, Only)] = &[
     (libc::SYS_writev, ANY),
     (libc::SYS_pread64, ANY),
     (libc::SYS_pwrite64, ANY),
+    (libc::SYS_preadv, ANY),
+    (libc::SYS_pwritev, ANY),
     (libc::SYS_lseek, ANY),
     (libc::SYS_fstat, ANY),
     (libc::SYS_statx, ANY),
     (libc::SYS_fcntl, ANY),
     (libc::SYS_close, ANY),
     (libc::SYS_ioctl, IOCTLS),
+    // Volumes. A path begins at a directory that was handed over: the root is empty.
+    (libc::SYS_openat, ANY),
+    (libc::SYS_openat2, ANY),
+    (libc::SYS_newfstatat, ANY),
+    (libc::SYS_getdents64, ANY),
+    (libc::SYS_readlinkat, ANY),
+    (libc::SYS_mkdirat, ANY),
+    (libc::SYS_unlinkat, ANY),
+    (libc::SYS_renameat, ANY),
+    (libc::SYS_renameat2, ANY),
+    (libc::SYS_symlinkat, ANY),
+    (libc::SYS_utimensat, ANY),
+    (libc::SYS_fadvise64, ANY),
+    (libc::SYS_fsync, ANY),
+    (libc::SYS_fdatasync, ANY),
+    (libc::SYS_syncfs, ANY),
+    (libc::SYS_copy_file_range, ANY),
+    (libc::SYS_dup, ANY),
+    // Guests' requests: connections that go out. None is waited for that was bound here.
+    (libc::SYS_socket, INTERNET),
+    (libc::SYS_connect, ANY),
     // Connections: those that come.
     (libc::SYS_accept4, ANY),
     (libc::SYS_recvfrom, ANY),
@@ -282,15 +316,20 @@ mod tests {
     }
 
     #[test]
-    fn nothing_in_the_list_opens_or_executes() {
+    fn nothing_in_the_list_listens_or_executes() {
         let never = [
             libc::SYS_open,
-            libc::SYS_openat,
-            libc::SYS_openat2,
             libc::SYS_creat,
-            libc::SYS_socket,
-            libc::SYS_connect,
+            libc::SYS_open_by_handle_at,
+            libc::SYS_chroot,
+            libc::SYS_link,
+            libc::SYS_linkat,
+            libc::SYS_mknodat,
+            libc::SYS_fchmodat,
+            libc::SYS_fchownat,
+            libc::SYS_fsetxattr,
             libc::SYS_bind,
+            libc::SYS_listen,
             libc::SYS_execve,
             libc::SYS_execveat,
             libc::SYS_kill,

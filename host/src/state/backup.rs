@@ -404,12 +404,14 @@ mod tests {
         ] {
             refused(&tar[..cut], "a part");
         }
-        let position = tar.windows(3).position(|part| part == b"one").unwrap();
+        let header = tar.windows(6).position(|part| part == b"blobs/").unwrap();
+        // The database, which comes first, may hold the word as well.
+        let mut after = tar[header..].windows(3);
+        let position = header + after.position(|part| part == b"one").unwrap();
         let mut changed = tar.clone();
         changed[position] ^= 1;
         refused(&changed, "another component");
         let mut name = tar.clone();
-        let header = tar.windows(6).position(|part| part == b"blobs/").unwrap();
         name[header..header + 6].copy_from_slice(b"../../");
         refused(&name, "another name");
         refused(&vec![0; 4_096], "nothing");

@@ -10,8 +10,10 @@ use std::collections::HashSet;
 use std::fs::File;
 use std::io::{self, Write};
 
-use cap_std::fs::Dir;
+use cap_std::fs::{Dir, OpenOptions, OpenOptionsExt};
 use insula_types::Digest;
+use rustix::fs::OFlags;
+use rustix::io::Errno;
 use sha2::Digest as _;
 
 use super::Health;
@@ -22,6 +24,7 @@ use super::dir::{DataDir, TemporaryDir, private, subdir, sync_dir};
 pub struct Blobs {
     blobs: Dir,
     artefacts: Dir,
+    pub(super) volumes: Dir,
     temporary: Dir,
     /// Names the engine, its configuration and the CPU that artefacts are good for.
     compatibility: String,
@@ -118,6 +121,7 @@ impl Blobs {
         Ok(Self {
             blobs: data.subdir("blobs")?,
             artefacts: data.subdir("artefacts")?,
+            volumes: data.subdir("volumes")?,
             temporary,
             compatibility: compatibility.to_owned(),
             next_temporary: 0,
@@ -177,24 +181,35 @@ impl Blobs {
         self.health.after_sync(sync_dir(&directory))
     }
 
-    /// Opens a file for reading; `None` when there is none.
+    /// Opens a file for reading; `None` when there is none. What is there and is no file of ours (a
+    /// link, a pipe whose opening would wait for a writer) counts as none, and is replaced when one
+    /// is placed.
     ///
     /// # Errors
     /// Those of the file system.
     pub fn find(&self, kind: Kind, digest: &Digest) -> io::Result<Option<File>> {
+        const SURE: OFlags = OFlags::NOFOLLOW.union(OFlags::NONBLOCK);
         let (directory, name) = self.place_of(kind, digest)?;
-        match directory.open(&name) {
-            Ok(file) => Ok(Some(file.into_std())),
+        let mut options = OpenOptions::new();
+        options.read(true).custom_flags(SURE.bits().cast_signed());
+        match directory.open_with(&name, &options) {
+            Ok(file) if file.metadata()?.is_file() => Ok(Some(file.into_std())),
+            Ok(_) => Ok(None),
             Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+            // A link, or a socket.
+            Err(error) if no_file(&error) => Ok(None),
             Err(error) => Err(error),
         }
     }
 
-    /// Removes the component and artefact of a digest that nothing refers to.
+    /// Removes the component and artefact of a digest that nothing refers to. Not after the state
+    /// was stopped: a transaction whose commit failed then may be there after a restart, and refer
+    /// to them.
     ///
     /// # Errors
     /// Those of the file system.
     pub fn remove(&self, digest: &Digest) -> io::Result<()> {
+        self.health.check().map_err(io::Error::other)?;
         for kind in [Kind::Component, Kind::Artefact] {
             let (directory, name) = self.place_of(kind, digest)?;
             match directory.remove_file(&name) {
@@ -207,11 +222,12 @@ impl Blobs {
     }
 
     /// Removes every file that is not of `referenced`, and artefacts made for another engine or
-    /// CPU. Answers how many went.
+    /// CPU. Answers how many went. Not after the state was stopped, as [`Blobs::remove`].
     ///
     /// # Errors
     /// Those of the file system.
     pub fn collect_garbage(&self, referenced: &HashSet<Digest>) -> io::Result<usize> {
+        self.health.check().map_err(io::Error::other)?;
         let mut removed = 0;
         let kept = |hex: &str| {
             format!("sha256:{hex}")
@@ -241,6 +257,12 @@ impl Blobs {
         }
         Ok(removed)
     }
+}
+
+fn no_file(error: &io::Error) -> bool {
+    [Errno::LOOP, Errno::NXIO]
+        .iter()
+        .any(|errno| error.raw_os_error() == Some(errno.raw_os_error()))
 }
 
 #[cfg(test)]
@@ -294,6 +316,42 @@ mod tests {
                 .join(&hex)
                 .is_file()
         );
+    }
+
+    #[test]
+    fn nothing_is_removed_after_the_state_was_stopped() {
+        let path = tempfile::tempdir().unwrap();
+        let data = DataDir::open(path.path()).unwrap();
+        let health = Health::default();
+        let mut blobs = Blobs::open(&data, "c0ffee", health.clone()).unwrap();
+        let digest = put(&mut blobs, Kind::Component, b"in a commit that failed");
+        health.stop("fsync");
+        assert!(blobs.remove(&digest).is_err());
+        assert!(blobs.collect_garbage(&HashSet::new()).is_err());
+        assert!(blobs.find(Kind::Component, &digest).unwrap().is_some());
+    }
+
+    #[test]
+    fn a_link_and_a_pipe_in_its_place_are_no_blob() {
+        let path = tempfile::tempdir().unwrap();
+        let data = DataDir::open(path.path()).unwrap();
+        let mut blobs = blobs(&data);
+        let other = put(&mut blobs, Kind::Component, b"other");
+        let digest = put(&mut blobs, Kind::Component, b"own");
+        let place = |digest: &Digest| {
+            let hex = digest.hex();
+            path.path().join("blobs").join(&hex[..2]).join(&hex)
+        };
+        let own = place(&digest);
+        std::fs::remove_file(&own).unwrap();
+        std::os::unix::fs::symlink(place(&other), &own).unwrap();
+        assert!(blobs.find(Kind::Component, &digest).unwrap().is_none());
+        std::fs::remove_file(&own).unwrap();
+        let made = std::process::Command::new("mkfifo").arg(&own).status();
+        assert!(made.unwrap().success());
+        assert!(blobs.find(Kind::Component, &digest).unwrap().is_none());
+        put(&mut blobs, Kind::Component, b"own");
+        assert!(blobs.find(Kind::Component, &digest).unwrap().is_some());
     }
 
     #[test]

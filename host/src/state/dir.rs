@@ -6,8 +6,10 @@
 //!   state.db         SQLite (with -wal and -shm beside it)
 //!   admin.token      0600, the first token, for the CLI on this machine
 //!   artefact.key     0600, authenticates compiled artefacts
+//!   snapshots.key    0600, authenticates machines' snapshots
 //!   blobs/<2 hex>/<hex>        uploaded components by SHA-256
 //!   artefacts/<hex>-<compat>   compiled ones
+//!   volumes/<hex>/             what tenants keep
 //!   tmp/             unfinished files; emptied at every start
 //!   handover         where the next host asks this one for all of it
 //!   empty/           0500, the root of the data process
@@ -155,6 +157,25 @@ impl DataDir {
             Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
             Err(error) => Err(error),
         }
+    }
+
+    /// The key in the file of this name, made (0600) when missing.
+    ///
+    /// # Errors
+    /// Those of the file system and of the source of randomness; the file is no key.
+    pub fn key(&self, name: &str) -> io::Result<[u8; 32]> {
+        if let Some(key) = self.read(name)? {
+            return key.try_into().map_err(|_| {
+                io::Error::other(format!(
+                    "{name} is not 32 bytes; once it is deleted a new one is made, and nothing that \
+                     it sealed is read any more"
+                ))
+            });
+        }
+        let mut key = [0; 32];
+        getrandom::fill(&mut key).map_err(io::Error::other)?;
+        self.write_secret(name, &key)?;
+        Ok(key)
     }
 
     /// Writes a small secret file (0600) so that after a crash there is the old one or the new.

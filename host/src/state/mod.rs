@@ -22,7 +22,7 @@ use std::collections::HashSet;
 
 use insula_types::{
     Digest, ImageName, ServiceId, ServiceName, ServiceSpec, TenantId, TenantName, TenantSpec,
-    Traffic, VersionNumber,
+    Traffic, VersionNumber, VolumeName,
 };
 
 pub mod audit;
@@ -39,6 +39,7 @@ pub mod sqlite;
 mod tests;
 pub mod time;
 pub mod usage;
+pub mod volumes;
 pub mod worker;
 
 pub use audit::{Audit, AuditEntry};
@@ -46,8 +47,9 @@ pub use blobs::Blobs;
 pub use dir::{DataDir, TemporaryDir};
 pub use health::{Health, Stopped};
 pub use records::{
-    Access, AddedVersion, Commitments, Deleted, Held, Listed, NewToken, NewVersion, Page, Put,
-    Remembered, Scope, Service, StoredUsage, Switched, Tenant, Token, TokenHash, Version,
+    Access, AddedVersion, Commitments, Deleted, Held, Listed, NewToken, NewVersion, NewVolume,
+    Page, Put, Remembered, Scope, Service, StoredUsage, Switched, Tenant, Token, TokenHash,
+    Version, Volume,
 };
 pub use sqlite::SqliteStore;
 pub use time::Timestamp;
@@ -60,6 +62,8 @@ pub const TENANTS_MAX: u64 = 10_000;
 pub const SERVICES_PER_TENANT_MAX: u64 = 10_000;
 /// Versions of a service that are kept; the oldest that are not in use make room for new ones.
 pub const VERSIONS_KEPT: u64 = 100;
+/// Most volumes of one tenant; each has a descriptor.
+pub const VOLUMES_PER_TENANT_MAX: u64 = 32;
 /// Most tokens of one host.
 pub const TOKENS_MAX: u64 = 1_000;
 /// Idempotency keys that are remembered, at most.
@@ -97,6 +101,18 @@ pub enum StoreError {
     /// Another service has this route, or another tenant has its host.
     #[error("the route {0:?} belongs to another service, or its host to another tenant")]
     RouteTaken(String),
+    /// A service mounts a volume that there is not.
+    #[error("volumes: the tenant has no volume {0:?}")]
+    UnknownVolume(String),
+    /// A service wants to write to a volume that can only be read.
+    #[error("volumes: {0:?} is a snapshot and can only be mounted with \"mode\": \"ro\"")]
+    VolumeReadOnly(String),
+    /// A service mounts the volume.
+    #[error("the service {service:?} mounts this volume")]
+    VolumeInUse {
+        /// One of those that do.
+        service: String,
+    },
     /// A machine names an image that there is not.
     #[error("there is no image {0}")]
     NoImage(ImageName),
@@ -250,6 +266,29 @@ pub trait Store: machines::MachineStore + Send {
         name: &ServiceName,
         precondition: Precondition,
     ) -> Result<Deleted<Service>, StoreError>;
+
+    /// A tenant's volumes by name.
+    fn volumes(&mut self, tenant: &TenantName, page: &Page) -> Result<Listed<Volume>, StoreError>;
+    /// One volume.
+    fn volume(&mut self, tenant: &TenantName, name: &VolumeName) -> Result<Volume, StoreError>;
+    /// Creates a volume, or changes how much it holds and nothing else of it.
+    fn put_volume(
+        &mut self,
+        tenant: &TenantName,
+        name: &VolumeName,
+        new: &NewVolume,
+        precondition: Precondition,
+        now: Timestamp,
+    ) -> Result<Put<Volume>, StoreError>;
+    /// Deletes a volume that no service mounts.
+    fn delete_volume(
+        &mut self,
+        tenant: &TenantName,
+        name: &VolumeName,
+        precondition: Precondition,
+    ) -> Result<Volume, StoreError>;
+    /// The directories of all volumes.
+    fn volume_directories(&mut self) -> Result<HashSet<String>, StoreError>;
 
     /// A service's versions, newest first.
     fn versions(&mut self, service: ServiceId, page: &Page) -> Result<Listed<Version>, StoreError>;

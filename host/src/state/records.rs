@@ -2,9 +2,10 @@
 
 use insula_types::{
     Bytes, Digest, ServiceId, ServiceName, ServiceSpec, TenantId, TenantName, TenantSpec, Traffic,
-    VersionNumber,
+    VersionNumber, VolumeId, VolumeName, VolumeSpec,
 };
 
+use super::volumes::VolumeDirectory;
 use super::{Timestamp, UsageTotals};
 
 /// A tenant as it is stored.
@@ -244,6 +245,44 @@ pub struct Remembered {
     pub status: u16,
     /// The JSON document.
     pub answer: String,
+}
+
+/// A volume as it is stored.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Volume {
+    /// Never used twice.
+    pub id: VolumeId,
+    /// Whose.
+    pub tenant: TenantId,
+    /// Whose, by name.
+    pub tenant_name: TenantName,
+    /// Unique within the tenant.
+    pub name: VolumeName,
+    /// How much it holds.
+    pub spec: VolumeSpec,
+    /// Where its content is.
+    pub directory: VolumeDirectory,
+    /// Whether it can only be read.
+    pub read_only: bool,
+    /// The name, at that time, of the volume that it was copied from.
+    pub origin: Option<VolumeName>,
+    /// Rises with each change of the spec.
+    pub generation: u64,
+    /// When it was created.
+    pub created: Timestamp,
+}
+
+/// A volume to be stored. Of one that is there already only the spec counts.
+#[derive(Debug, Clone)]
+pub struct NewVolume {
+    /// How much it holds.
+    pub spec: VolumeSpec,
+    /// Its directory, which is there.
+    pub directory: VolumeDirectory,
+    /// Whether it can only be read.
+    pub read_only: bool,
+    /// What it was copied from.
+    pub origin: Option<VolumeName>,
 }
 
 /// An uploaded and compiled component.

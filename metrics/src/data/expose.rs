@@ -7,7 +7,7 @@ use insula_types::{Outcome, ServiceName, TenantName};
 
 use super::{DataMetrics, NO_LIMIT, OTHER_SERVICE, ServiceMetrics, TenantMetrics};
 use crate::cells::{Count, Distribution, seconds};
-use crate::labels::{Direction, InstanceState, Kind, MemoryRefusal, ShedReason};
+use crate::labels::{Direction, InstanceState, Kind, MemoryRefusal, OutboundResult, ShedReason};
 use crate::page::{Page, Series, Type, number};
 
 /// The handles that exist at one moment, so that no lock is held while a page is written.
@@ -36,9 +36,11 @@ impl DataMetrics {
         snapshot.log_lines(&mut page);
         snapshot.memory(&mut page);
         snapshot.memory_refusals(&mut page);
+        snapshot.outbound(&mut page);
         snapshot.durations(&mut page);
         self.requests(&snapshot, &mut page);
         self.shed_total(&snapshot, &mut page);
+        snapshot.storage(&mut page);
         page.into_text()
     }
 
@@ -311,6 +313,66 @@ impl Snapshot {
                             ("reason", reason.as_str()),
                         ];
                         let count = &tenant.metrics.memory_refusals[reason.index()];
+                        count_if_any(series, &labels, count);
+                    }
+                }
+            },
+        );
+    }
+
+    fn storage(&self, page: &mut Page) {
+        let mut gauge = |name, help, of: fn(&TenantMetrics) -> u64| {
+            page.family(name, Type::Gauge, help, |series| {
+                for tenant in &self.tenants {
+                    let bytes = of(&tenant.metrics);
+                    if bytes != NO_LIMIT {
+                        series.gauge(&[("tenant", tenant.name.as_str())], number(bytes));
+                    }
+                }
+            });
+        };
+        gauge(
+            "insula_storage_bytes",
+            "What the tenant's volumes take.",
+            |metrics| metrics.storage_bytes.load(Relaxed),
+        );
+        gauge(
+            "insula_storage_limit_bytes",
+            "The tenant's storage limit.",
+            |metrics| metrics.storage_limit_bytes.load(Relaxed),
+        );
+    }
+
+    fn outbound(&self, page: &mut Page) {
+        page.family(
+            "insula_outbound_bytes_total",
+            Type::Counter,
+            "Bytes of heads and bodies that guests exchange with others; in is to the guest.",
+            |series| {
+                for tenant in &self.tenants {
+                    for direction in Direction::ALL {
+                        let labels = [
+                            ("tenant", tenant.name.as_str()),
+                            ("direction", direction.as_str()),
+                        ];
+                        let count = &tenant.metrics.outbound_bytes[direction.index()];
+                        count_if_any(series, &labels, count);
+                    }
+                }
+            },
+        );
+        page.family(
+            "insula_outbound_requests_total",
+            Type::Counter,
+            "Requests that guests sent to others, by what became of them.",
+            |series| {
+                for tenant in &self.tenants {
+                    for result in OutboundResult::ALL {
+                        let labels = [
+                            ("tenant", tenant.name.as_str()),
+                            ("result", result.as_str()),
+                        ];
+                        let count = &tenant.metrics.outbound[result.index()];
                         count_if_any(series, &labels, count);
                     }
                 }

@@ -317,7 +317,8 @@ fn a_document_that_cannot_be_meant_is_refused_with_all_its_mistakes() {
         (service(&json!({"routes": ["http://x/"]})), vec!["http"]),
         (
             service(&json!({
-                "env": {"A=B": "x"}, "volumes": [{}], "outbound": ["https://x"],
+                "env": {"A=B": "x"}, "volumes": [{"name": "d", "path": "/d"}, {"name": "d", "path": "/e"}],
+                "outbound": ["https://x/y"],
                 "limits": {"memory": 1},
             })),
             vec!["env", "volumes", "outbound", "limits.memory"],

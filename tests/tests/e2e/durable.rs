@@ -4,9 +4,10 @@ use std::os::unix::fs::PermissionsExt;
 use std::process::{Command, Stdio};
 use std::time::Duration;
 
-use insula_tests::fault::{Fault, Faults};
+use insula_tests::fault::{Call, Faults};
 use insula_tests::wait::holds;
 use insula_tests::{Admin, TestHost, guests, until};
+use rustix::io::Errno;
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
@@ -25,18 +26,20 @@ fn refused(admin: &Admin) -> (u16, String) {
 
 #[test]
 fn after_a_failed_fsync_nothing_is_changed_and_everything_is_served() {
-    let faults = Faults::new();
+    let Some(faults) = Faults::new() else {
+        return;
+    };
     let host = faults.start(TestHost::plan());
     let service = host.tenant("a").create().deploy("hello");
     let admin = host.admin();
     let mut events = admin.request("GET", "/v1/events").open();
-    faults.begin(Fault::Fsync);
+    faults.begin(Call::Sync, Errno::IO);
     let upload = service.upload(guests::bytes("echo"));
     assert_eq!(
         (upload.status, upload.problem().as_str()),
         (503, "state_stopped")
     );
-    faults.end(Fault::Fsync);
+    faults.end();
     assert_eq!(
         refused(&admin),
         (503, "state_stopped".to_owned()),
@@ -64,11 +67,13 @@ fn after_a_failed_fsync_nothing_is_changed_and_everything_is_served() {
 
 #[test]
 fn a_full_disk_refuses_changes_and_heals_by_itself() {
-    let faults = Faults::new();
+    let Some(faults) = Faults::new() else {
+        return;
+    };
     let host = faults.start(TestHost::plan());
     let service = host.tenant("a").create().deploy("hello");
     let admin = host.admin();
-    faults.begin(Fault::Full);
+    faults.begin(Call::Write, Errno::NOSPC);
     let upload = service.upload(guests::bytes("echo"));
     assert_eq!(
         (upload.status, upload.problem().as_str()),
@@ -81,7 +86,7 @@ fn a_full_disk_refuses_changes_and_heals_by_itself() {
         false,
         "nothing was changed"
     );
-    faults.end(Fault::Full);
+    faults.end();
     assert_eq!(refused(&admin).0, 200);
     assert_eq!(service.upload(guests::bytes("echo")).status, 201);
     let ready = host.admin_as(None).request("GET", "/readyz").send();

@@ -143,6 +143,7 @@ fn attack(case: &Case) {
     let warm = load::times(200, case.at_once, &victim.get("/"));
     assert_eq!(warm.status(200), 200, "{warm:?}");
     let before = host.rss_bytes();
+    let held_before = Held::of(&host);
 
     let load = load::times(TRIES, case.at_once, &service.get(case.path));
     look(case, &load);
@@ -169,6 +170,12 @@ fn attack(case: &Case) {
         let back = now <= before + MEMORY_SLACK_BYTES;
         holds(back, format!("{} MiB, {} before", now >> 20, before >> 20)).map(|()| now)
     });
+    let held = until(Duration::from_secs(20), "nothing else has leaked", || {
+        let held = Held::of(&host);
+        let why = format!("{held:?}, {held_before:?} before");
+        holds(held.is_within(&held_before, case.at_once), why).map(|()| held)
+    });
+    eprintln!("{held_before:?} before, {held:?} after");
     let (before, after) = (before >> 20, after >> 20);
     eprintln!(
         "{}: {before} MiB before, {after} MiB after; {:?}",
@@ -181,6 +188,32 @@ fn attack(case: &Case) {
         !said.contains("panicked") && !said.contains("ERROR"),
         "{said}"
     );
+}
+
+/// What a process can leak besides memory.
+#[derive(Debug)]
+struct Held {
+    files: usize,
+    threads: usize,
+    mappings: usize,
+}
+
+impl Held {
+    fn of(host: &TestHost) -> Self {
+        Self {
+            files: host.open_files(),
+            threads: host.threads(),
+            mappings: host.mappings(),
+        }
+    }
+
+    /// A thousand tries that each left one would be seen at once. Slots of instances that were
+    /// used for the first time, and heaps of threads, account for some mappings.
+    fn is_within(&self, before: &Self, at_once: usize) -> bool {
+        self.files <= before.files + 8
+            && self.threads <= before.threads + 2
+            && self.mappings <= before.mappings + 200 + 8 * at_once
+    }
 }
 
 fn look(case: &Case, load: &Load) {

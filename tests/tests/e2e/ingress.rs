@@ -3,6 +3,7 @@
 use std::io;
 use std::time::{Duration, Instant};
 
+use insula_tests::wait::holds;
 use insula_tests::{Connection, Service, TestHost};
 
 /// What a test sends, and the statuses that may come back.
@@ -217,13 +218,10 @@ fn what_two_parsers_could_read_differently_is_refused() {
         );
     }
     assert_eq!(echo.get("/").send().status, 200);
-    let metrics = host.metrics();
-    assert_eq!(
-        metrics.outcomes("a").get("ok"),
-        Some(&1),
-        "{:?}",
-        metrics.outcomes("a")
-    );
+    host.metrics_when("one request was served", |metrics| {
+        let outcomes = metrics.outcomes("a");
+        holds(outcomes.get("ok") == Some(&1), format!("{outcomes:?}"))
+    });
     let said: Vec<_> = echo.log();
     assert!(
         said.iter().all(|line| line["message"] != "smuggled"),
@@ -339,7 +337,7 @@ fn a_body_that_is_framed_badly_ends_its_request_and_its_connection() {
     );
     host.metrics_when("no instance is left", |metrics| {
         let left = metrics.sum("insula_instances", &[("tenant", "a")]);
-        insula_tests::wait::holds(left == 0.0, format!("{left}"))
+        holds(left == 0.0, format!("{left}"))
     });
 }
 

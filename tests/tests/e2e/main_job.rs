@@ -193,13 +193,17 @@ fn what_is_not_there_is_a_problem_and_nobody_elses_business() {
         (answer.status, answer.problem().as_str()),
         (404, "not_found")
     );
-    let metrics = host.metrics();
     let nobody = [("tenant", ""), ("outcome", "not_found")];
-    assert_eq!(
-        metrics.count("insula_requests_total", &nobody),
-        unknown.len() as u64
-    );
-    assert_eq!(metrics.requests("a", "not_found"), 1);
+    host.metrics_when("each is counted where it belongs", |metrics| {
+        let counted = (
+            metrics.count("insula_requests_total", &nobody),
+            metrics.requests("a", "not_found"),
+        );
+        holds(
+            counted == (unknown.len() as u64, 1),
+            format!("nobody's and the tenant's: {counted:?}"),
+        )
+    });
 }
 
 #[test]
@@ -481,7 +485,8 @@ fn what_is_deleted_is_gone_with_its_series_and_files() {
         200,
         "the component is still another service's"
     );
-    let metrics = host.metrics();
+    // Both of the other service's, which alone has series now.
+    let metrics = host.when_ended("a", 2);
     assert_eq!(
         metrics
             .of("insula_requests_total", &[("service", "hello")])

@@ -115,6 +115,20 @@ const TABLE: &[(&str, Body, Rule)] = &[
     ),
     ("rollback", Body::Nothing, rules::OWN_WRITE),
     ("getLogs", Body::Nothing, rules::OWN_READ),
+    ("listVolumes", Body::Nothing, rules::OWN_READ),
+    ("getVolume", Body::Nothing, rules::OWN_READ),
+    ("putVolume", Body::Json("{}"), rules::OWN_WRITE),
+    (
+        "snapshotVolume",
+        Body::Json(r#"{"name":"snapshot"}"#),
+        rules::OWN_WRITE,
+    ),
+    (
+        "cloneVolume",
+        Body::Json(r#"{"name":"clone"}"#),
+        rules::OWN_WRITE,
+    ),
+    ("deleteVolume", Body::Nothing, rules::OWN_WRITE),
     ("listMachines", Body::Nothing, rules::OWN_READ),
     ("getMachine", Body::Nothing, rules::OWN_READ),
     (
@@ -128,6 +142,8 @@ const TABLE: &[(&str, Body, Rule)] = &[
     ("pauseMachine", Body::Nothing, rules::OWN_WRITE),
     ("resumeMachine", Body::Nothing, rules::OWN_WRITE),
     ("resetMachine", Body::Nothing, rules::OWN_WRITE),
+    ("snapshotMachine", Body::Nothing, rules::OWN_WRITE),
+    ("restoreMachine", Body::Nothing, rules::OWN_WRITE),
     ("getConsole", Body::Nothing, rules::OWN_WRITE),
     ("listImages", Body::Nothing, rules::ANY_READ),
     ("getImage", Body::Nothing, rules::ANY_READ),
@@ -147,12 +163,14 @@ const TABLE: &[(&str, Body, Rule)] = &[
 
 /// What becomes of these depends on the machine's state, and on whether there is KVM: who may call
 /// them is told something about the machine, and not about himself.
-const DEPENDS_ON_STATE: [&str; 6] = [
+const DEPENDS_ON_STATE: [&str; 8] = [
     "startMachine",
     "stopMachine",
     "pauseMachine",
     "resumeMachine",
     "resetMachine",
+    "snapshotMachine",
+    "restoreMachine",
     "getConsole",
 ];
 
@@ -193,6 +211,17 @@ impl<'a> Scene<'a> {
         for (tenant, roles) in [(OWN, [OwnWrite, OwnRead]), (OTHER, [OtherWrite, OtherRead])] {
             let path = format!("/v1/tenants/{tenant}");
             admin.put(&path, &json!({}));
+            for name in [
+                format!("kept-by-{tenant}"),
+                "snapshot".into(),
+                "clone".into(),
+            ] {
+                let path = format!("{path}/volumes/{name}");
+                if admin.request("GET", &path).send().status == 200 {
+                    admin.delete(&path);
+                }
+            }
+            admin.put(&format!("{path}/volumes/kept-by-{tenant}"), &json!({}));
             let path = format!("{path}/services/web-of-{tenant}");
             if admin.request("GET", &path).send().status == 200 {
                 admin.delete(&path);
@@ -232,6 +261,7 @@ impl<'a> Scene<'a> {
         let path = path
             .replace("{tenant}", OWN)
             .replace("{service}", &format!("web-of-{OWN}"))
+            .replace("{volume}", &format!("kept-by-{OWN}"))
             .replace("{machine}", &format!("web-of-{OWN}"))
             .replace("{image}", "kernel")
             .replace("{id}", &self.victim);

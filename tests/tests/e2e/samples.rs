@@ -2,8 +2,17 @@
 
 use insula_tests::TestHost;
 
-/// The samples that have a test here or in `main_job`, by their folders.
-pub(crate) const TESTED: [&str; 6] = ["echo", "hello", "kernels", "markdown", "sse", "thumbnail"];
+/// The samples that have a test here, in `main_job`, `outbound` or `volumes`, by their folders.
+pub(crate) const TESTED: [&str; 8] = [
+    "echo",
+    "fetch",
+    "files",
+    "hello",
+    "kernels",
+    "markdown",
+    "sse",
+    "thumbnail",
+];
 
 #[test]
 fn markdown_becomes_html() {

@@ -291,6 +291,13 @@ fn the_admin_api_speaks_tls_1_3_and_the_program_checks_its_certificate() {
     let mut connection = connect(&version::TLS13).expect("TLS 1.3");
     assert_eq!(connection.get("x", "/healthz").expect("an answer").0, 200);
     assert_eq!(connection.get("x", "/v1/host").expect("an answer").0, 401);
+    // They name every tenant, and this listener is not for this machine alone.
+    assert_eq!(connection.get("x", "/metrics").expect("an answer").0, 401);
+    let known = format!("x\r\nauthorization: Bearer {}", host.token());
+    assert_eq!(
+        connection.get(&known, "/metrics").expect("an answer").0,
+        200
+    );
     assert!(
         connect(&version::TLS12).is_err(),
         "TLS 1.2 is for clients of services"

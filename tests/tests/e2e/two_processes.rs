@@ -1,5 +1,6 @@
 //! Control and data are two processes: either may be killed at any time.
 
+use std::os::unix::fs::MetadataExt;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
@@ -224,6 +225,71 @@ fn the_data_process_is_shut_in_as_far_as_the_host_says() {
     } else {
         eprintln!("skipped: the empty root, since the kernel refuses it here");
     }
+}
+
+/// A service that has a volume at `/data`.
+fn keeper(host: &TestHost) -> Service {
+    let tenant = host.tenant("a").create();
+    host.admin()
+        .put("/v1/tenants/a/volumes/data", &json!({"size": "1MiB"}));
+    let spec = json!({"volumes": [{"name": "data", "path": "/data"}]});
+    tenant.service("files").spec(spec).deploy("files")
+}
+
+#[test]
+fn a_volume_is_as_it_was_when_the_data_process_is_replaced() {
+    let host = TestHost::start();
+    let files = keeper(&host);
+    let used = || host.admin().get("/v1/tenants/a/volumes/data")["used_bytes"].as_u64();
+    for round in 1..=3u64 {
+        let target = format!("/data/{round}");
+        let put = files.request("PUT", &target).body("hello");
+        assert_eq!(put.send().status, 200);
+        host.kill_data();
+        until(Duration::from_secs(10), "the file is read again", || {
+            let answer = files.get(&target).try_send();
+            match answer {
+                Ok(answer) => holds(answer.text() == "hello", answer.text()),
+                Err(broken) => Err(format!("{broken:?}")),
+            }
+        });
+        // A block and an inode each, counted anew by the one that there is now.
+        until(Duration::from_secs(5), "the volume is counted", || {
+            let used = used();
+            holds(used == Some(round * 5 * 1_024), format!("{used:?}"))
+        });
+    }
+}
+
+#[test]
+fn the_data_process_finds_nothing_above_a_volume() {
+    let host = TestHost::start();
+    let files = keeper(&host);
+    assert_eq!(files.request("PUT", "/data/a").body("x").send().status, 200);
+    let volumes = std::fs::read_dir(host.data().join("volumes")).expect("a directory");
+    let volume = volumes.flatten().next().expect("a volume").path();
+    let inode = |path: PathBuf| std::fs::metadata(path).map(|found| found.ino()).ok();
+    let is = inode(volume.clone()).expect("it is there");
+    let walls = host.admin().get("/v1/host")["data_plane"]["walls"].clone();
+    let missing = |name: &str| {
+        let walls = walls.as_array().expect("a list").iter();
+        let mut wall = walls.filter(|wall| wall["name"] == name);
+        wall.next().expect("a wall")["missing"].clone()
+    };
+    let owner = std::fs::metadata(volume.join("a")).expect("written").uid();
+    let user = status(host.data_pid(), "Uid");
+    let user = user.split_whitespace().next().expect("proc(5)");
+    assert_eq!(owner.to_string(), user, "the file is of the data process");
+    if !missing("nothing above volumes").is_null() {
+        eprintln!("skipped: no mounts can be made here");
+        return;
+    }
+    let open = std::fs::read_dir(format!("/proc/{}/fd", host.data_pid())).expect("proc(5)");
+    let open: Vec<_> = open.flatten().map(|entry| entry.path()).collect();
+    let mut held = open.iter().filter(|fd| inode((*fd).clone()) == Some(is));
+    let held = held.next().expect("it has the volume open");
+    assert_eq!(inode(held.join("..")), Some(is), "above it is itself");
+    assert_eq!(inode(held.join("../../..")), Some(is), "and above that");
 }
 
 #[test]

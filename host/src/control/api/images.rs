@@ -7,11 +7,11 @@ use http::StatusCode;
 use http::header::LOCATION;
 
 use crate::control::changes::optional;
-use crate::control::http_types::{Call, Reply, list, next_chunk, too_large};
+use crate::control::http_types::{Call, Reply, list};
 use crate::control::problem::{Answer, Code, Problem};
-use crate::control::{Control, documents};
+use crate::control::{Control, documents, upload};
 use crate::state::Put;
-use crate::state::blobs::{Kind, Unplaced};
+use crate::state::blobs::Kind;
 use crate::state::machines::PinnedImage;
 
 /// Largest image: a disk of a machine of some size.
@@ -37,7 +37,7 @@ pub(crate) async fn put(control: Rc<Control>, mut call: Call) -> Answer {
     let precondition = call.precondition()?;
     let actor = call.actor()?;
     call.expect_type("application/octet-stream")?;
-    let file = receive(&control, &mut call).await?;
+    let file = upload::receive(&control, &mut call, IMAGE_MAX_BYTES, UPLOAD_TOTAL).await?;
     if file.size_bytes() == 0 {
         return Err(Problem::new(Code::InvalidImage, "an image is not empty"));
     }
@@ -77,29 +77,6 @@ pub(crate) async fn put(control: Rc<Control>, mut call: Call) -> Answer {
         Put::Changed(_) | Put::Unchanged(_) => Reply::ok(&document),
     };
     Ok(reply.etag(image.generation))
-}
-
-/// Receives an image under a temporary name.
-async fn receive(control: &Control, call: &mut Call) -> Result<Unplaced, Problem> {
-    call.expect_length(IMAGE_MAX_BYTES)?;
-    let receiving = async {
-        let mut file = control.files.run(|files| files.create()).await??;
-        while let Some(chunk) = next_chunk(&mut call.body).await? {
-            if file.size_bytes() + chunk.len() as u64 > IMAGE_MAX_BYTES {
-                return Err(too_large(IMAGE_MAX_BYTES));
-            }
-            let written = control
-                .files
-                .run(move |_| file.write(&chunk).map(|()| file))
-                .await?;
-            file = written?;
-        }
-        Ok(file)
-    };
-    let late = |_| Problem::new(Code::BodyTimeout, "the upload took too long");
-    tokio::time::timeout(UPLOAD_TOTAL, receiving)
-        .await
-        .map_err(late)?
 }
 
 pub(crate) async fn delete(control: Rc<Control>, call: Call) -> Answer {

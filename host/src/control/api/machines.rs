@@ -10,15 +10,16 @@ use hyper_util::rt::TokioIo;
 use insula_types::MachineSpec;
 use insula_vmm::life::Event;
 use insula_vmm::monitor::protocol::Request;
+use serde_json::json;
 
 use super::streams::{Place, ended};
-use crate::control::changes::optional;
+use crate::control::changes::{Actor, optional};
 use crate::control::http_types::{Call, Reply, list};
 use crate::control::machines::{STOP_PATIENCE, refused};
 use crate::control::problem::{Answer, Code, Problem};
 use crate::control::{Control, documents};
-use crate::state::Put;
 use crate::state::machines::Machine;
+use crate::state::{Put, Timestamp};
 
 /// What a console's connection is upgraded to: bytes both ways.
 const CONSOLE_PROTOCOL: &str = "insula-console";
@@ -38,7 +39,10 @@ impl Control {
 
     fn show(&self, machine: &Machine) -> serde_json::Value {
         let book = self.machines.book.borrow();
-        documents::machine(machine, book.get(machine.id))
+        let mut document = documents::machine(machine, book.get(machine.id));
+        let saved = self.machines.places.of(machine.id).saved_at();
+        document["snapshot_at"] = json!(saved.map(Timestamp::from));
+        document
     }
 }
 
@@ -126,14 +130,23 @@ pub(crate) async fn delete(control: Rc<Control>, call: Call) -> Answer {
     Ok(Reply::no_content())
 }
 
+/// What was asked of a machine is done, which the audit log is told.
+async fn done(control: &Control, actor: Actor, machine: &Machine) -> Answer {
+    let subject = machine.clone();
+    control
+        .change(move |_, _| Ok(((), Some(actor.machine(&subject, None, None)))))
+        .await?;
+    Ok(Reply::ok(&control.show(machine)))
+}
+
 pub(crate) async fn start(control: Rc<Control>, call: Call) -> Answer {
-    let machine = control.machine_of(&call).await?;
+    let (machine, actor) = (control.machine_of(&call).await?, call.actor()?);
     control.start_machine(machine.id).await?;
-    Ok(Reply::ok(&control.show(&machine)))
+    done(&control, actor, &machine).await
 }
 
 pub(crate) async fn stop(control: Rc<Control>, call: Call) -> Answer {
-    let machine = control.machine_of(&call).await?;
+    let (machine, actor) = (control.machine_of(&call).await?, call.actor()?);
     let seconds = call.number("timeout_seconds", STOP_PATIENCE_MAX_S)?;
     let patience = match (call.flag("force", false)?, seconds) {
         (true, _) => None,
@@ -141,27 +154,50 @@ pub(crate) async fn stop(control: Rc<Control>, call: Call) -> Answer {
         (false, Some(seconds)) => Some(Duration::from_secs(seconds.into())),
     };
     control.stop_machine(machine.id, patience).await?;
-    Ok(Reply::ok(&control.show(&machine)))
+    done(&control, actor, &machine).await
 }
 
 pub(crate) async fn pause(control: Rc<Control>, call: Call) -> Answer {
-    let machine = control.machine_of(&call).await?;
+    let (machine, actor) = (control.machine_of(&call).await?, call.actor()?);
     let (event, request) = (Event::Pause, Request::Pause);
     control.shift_machine(machine.id, event, request).await?;
-    Ok(Reply::ok(&control.show(&machine)))
+    done(&control, actor, &machine).await
 }
 
 pub(crate) async fn resume(control: Rc<Control>, call: Call) -> Answer {
-    let machine = control.machine_of(&call).await?;
+    let (machine, actor) = (control.machine_of(&call).await?, call.actor()?);
     let (event, request) = (Event::Resume, Request::Resume);
     control.shift_machine(machine.id, event, request).await?;
-    Ok(Reply::ok(&control.show(&machine)))
+    done(&control, actor, &machine).await
 }
 
 pub(crate) async fn reset(control: Rc<Control>, call: Call) -> Answer {
-    let machine = control.machine_of(&call).await?;
+    let (machine, actor) = (control.machine_of(&call).await?, call.actor()?);
     control.reset_machine(machine.id).await?;
-    Ok(Reply::ok(&control.show(&machine)))
+    done(&control, actor, &machine).await
+}
+
+pub(crate) async fn snapshot(control: Rc<Control>, call: Call) -> Answer {
+    let (machine, actor) = (control.machine_of(&call).await?, call.actor()?);
+    control.save_machine(&machine).await?;
+    done(&control, actor, &machine).await
+}
+
+pub(crate) async fn restore(control: Rc<Control>, call: Call) -> Answer {
+    let (machine, actor) = (control.machine_of(&call).await?, call.actor()?);
+    let from = match call.parameter("from") {
+        None => machine.clone(),
+        Some(name) => {
+            let tenant = call.tenant()?;
+            let bad = |error| Problem::new(Code::BadRequest, format_args!("from: {error}"));
+            let name = name.parse().map_err(bad)?;
+            control
+                .store(move |store| store.machine(&tenant, &name))
+                .await?
+        }
+    };
+    control.restore_machine(&machine, &from).await?;
+    done(&control, actor, &machine).await
 }
 
 /// Upgrades the connection to the machine's console: what was printed last comes first.

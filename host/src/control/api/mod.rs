@@ -11,3 +11,4 @@ pub(super) mod tenants;
 pub(super) mod tokens;
 pub(super) mod usage;
 pub(super) mod versions;
+pub(super) mod volumes;

@@ -6,6 +6,7 @@ use http::StatusCode;
 use http::header::LOCATION;
 use insula_types::TenantSpec;
 
+use crate::control::api::volumes;
 use crate::control::changes::optional;
 use crate::control::http_types::{Call, Reply, list};
 use crate::control::problem::Answer;
@@ -61,12 +62,7 @@ pub(crate) async fn put(control: Rc<Control>, mut call: Call) -> Answer {
         .await?;
     let tenant = put.record();
     control.ledger.borrow_mut().add_tenant(tenant.id);
-    let body = ToData::Tenant {
-        id: tenant.id,
-        name: tenant.name.clone(),
-        spec: tenant.spec.clone(),
-    };
-    control.link.apply(body).await?;
+    control.link.apply(control.envelope(tenant)).await?;
     let document = documents::tenant(tenant);
     let reply = match &put {
         Put::Created(_) => {
@@ -89,6 +85,7 @@ pub(crate) async fn delete(control: Rc<Control>, call: Call) -> Answer {
     let actor = call.actor()?;
     let _mutation = control.mutation.lock().await;
     let services = control.all_services(&name).await?;
+    let kept = control.all_volumes(&name).await?;
     let deleted = control
         .change(move |store, _| {
             let deleted = store.delete_tenant(&name, precondition)?;
@@ -108,6 +105,11 @@ pub(crate) async fn delete(control: Rc<Control>, call: Call) -> Answer {
         control.logs.borrow_mut().remove_service(service.id);
     }
     control.remove_files(deleted.unreferenced).await;
+    let directories = kept.into_iter().map(|volume| {
+        control.volumes.borrow_mut().remove(&volume.id);
+        volume.directory
+    });
+    volumes::remove(&control, directories.collect()).await;
     control.events.tenant("tenant.deleted", &tenant);
     applied?;
     Ok(Reply::no_content())

@@ -1,16 +1,18 @@
 //! Versions: upload, list, switch.
 
 use std::rc::Rc;
+use std::time::Duration;
 
 use http::StatusCode;
 use insula_types::Traffic;
 use serde_json::{Value, json};
 
+use crate::config::COMPONENT_MAX;
 use crate::control::deploy::Commit;
 use crate::control::documents::Urls;
 use crate::control::http_types::{Call, Reply, list};
 use crate::control::problem::{Answer, Code, Problem};
-use crate::control::{Control, deploy, documents, idempotency};
+use crate::control::{Control, deploy, documents, idempotency, upload};
 
 pub(crate) async fn index(control: Rc<Control>, call: Call) -> Answer {
     let page = call.page()?;
@@ -28,6 +30,9 @@ pub(crate) async fn index(control: Rc<Control>, call: Call) -> Answer {
     Ok(list(items, versions.next))
 }
 
+/// Longest time for a whole upload: 64 MiB at 1 Mbit/s.
+const UPLOAD_TOTAL: Duration = Duration::from_secs(600);
+
 /// Uploads a component as a new version.
 pub(crate) async fn upload(control: Rc<Control>, mut call: Call) -> Answer {
     call.expect_type("application/wasm")?;
@@ -35,7 +40,7 @@ pub(crate) async fn upload(control: Rc<Control>, mut call: Call) -> Answer {
     let service = control.service_of(&call).await?;
     let keyed = idempotency::begin(&control, &call)?;
     let ticket = control.compilers.enter(service.tenant)?;
-    let component = deploy::receive(&control, &mut call).await?;
+    let component = upload::receive(&control, &mut call, COMPONENT_MAX.get(), UPLOAD_TOTAL).await?;
     let hash = *component.digest().as_bytes();
     if let Some(keyed) = &keyed
         && let Some(reply) = keyed.replay(hash).await?

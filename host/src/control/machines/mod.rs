@@ -15,8 +15,10 @@ mod find;
 mod orders;
 mod pump;
 mod share;
+mod snapshots;
 
 use std::cell::RefCell;
+use std::collections::HashSet;
 use std::path::PathBuf;
 use std::rc::Rc;
 use std::sync::Arc;
@@ -29,11 +31,12 @@ use tokio::sync::mpsc;
 
 use super::Control;
 use super::problem::{Code, Problem};
-use crate::machines::book::{Book, START};
+use crate::machines::book::{BOOT, Book};
 use crate::machines::cgroups::Groups;
 use crate::machines::place::Places;
 use crate::machines::runner::{Origin, Runner, Tell, Whose};
-use crate::machines::start::{OpenImage, Plan};
+use crate::machines::saved::SnapshotKey;
+use crate::machines::start::{Begin, OpenImage, Plan};
 use crate::state::DataDir;
 use crate::state::blobs::Kind;
 use crate::state::machines::Machine;
@@ -42,6 +45,8 @@ pub(crate) use find::find;
 pub(crate) use pump::pump;
 pub(crate) use share::share;
 
+/// Seals snapshots; made at the first start.
+const KEY_FILE: &str = "snapshots.key";
 /// A start reads kernel and initrd, and forks.
 const START_PATIENCE: Duration = Duration::from_secs(70);
 /// An order waits for requests to disks that are under way.
@@ -85,12 +90,16 @@ pub(crate) struct Room {
     pub(crate) groups: Arc<Groups>,
     pub(crate) support: Support,
     pub(crate) config: MachinesConfig,
+    key: SnapshotKey,
+    /// Those that are being saved.
+    saving: RefCell<HashSet<MachineId>>,
     tells: mpsc::UnboundedSender<(MachineId, Tell)>,
 }
 
 impl Room {
     /// Looks what this machine can do. Blocks for some milliseconds.
     pub(crate) fn open(data: &DataDir, config: MachinesConfig) -> std::io::Result<(Self, Told)> {
+        let key = SnapshotKey::from_bytes(data.key(KEY_FILE)?);
         let places = Places::open(&data.machines_path()?)?;
         let instance = places.instance();
         let support = insula_vmm::probe::probe();
@@ -109,6 +118,8 @@ impl Room {
             groups: Arc::new(groups),
             support,
             config,
+            key,
+            saving: RefCell::default(),
             tells,
         };
         Ok((room, told))
@@ -140,16 +151,31 @@ fn gone() -> Problem {
 }
 
 impl Control {
-    /// Starts a machine; answers when its guest runs.
+    /// Boots a machine; answers when its guest runs.
     pub(crate) async fn start_machine(self: &Rc<Self>, id: MachineId) -> Result<(), Problem> {
-        let room = &self.machines;
-        match &room.support {
-            Support::Hardware => {}
-            Support::Emulated if room.config.on_emulation => {}
-            other => return Err(Problem::new(Code::NoKvm, other)),
+        let boot = async |machine: &Machine| self.boot(machine).await;
+        self.begin_machine(id, BOOT, boot).await
+    }
+
+    fn can_run_machines(&self) -> Result<(), Problem> {
+        match &self.machines.support {
+            Support::Hardware => Ok(()),
+            Support::Emulated if self.machines.config.on_emulation => Ok(()),
+            other => Err(Problem::new(Code::NoKvm, other)),
         }
-        {
-            // From here on it is not deleted, and its spec is that of this start.
+    }
+
+    /// Admits a machine and lets it begin, with what `begin` makes once it is starting.
+    async fn begin_machine(
+        self: &Rc<Self>,
+        id: MachineId,
+        event: Event,
+        begin: impl AsyncFnOnce(&Machine) -> Result<Begin, Problem>,
+    ) -> Result<(), Problem> {
+        self.can_run_machines()?;
+        let room = &self.machines;
+        let machine = {
+            // While it is held nothing is deleted, and afterwards not what is starting.
             let _mutation = self.mutation.lock().await;
             let (machine, tenant) = self
                 .store(move |store| {
@@ -158,17 +184,16 @@ impl Control {
                     Ok((machine, tenant))
                 })
                 .await?;
-            {
-                let limit = tenant.spec.memory_limit.map(|limit| limit.get());
-                let mut book = room.book.borrow_mut();
-                admission::check_tenant(&book, &machine, limit)?;
-                admission::check(&book, &machine, self)?;
-                let entry = book.get_mut(id).ok_or_else(gone)?;
-                entry.ask(&START).map_err(|error| refused(&error))?;
-                entry.memory = machine.spec.memory;
-            }
-            self.run_machine(&machine).await?;
-        }
+            let limit = tenant.spec.memory_limit.map(|limit| limit.get());
+            let mut book = room.book.borrow_mut();
+            admission::check_tenant(&book, &machine, limit)?;
+            admission::check(&book, &machine, self)?;
+            let entry = book.get_mut(id).ok_or_else(gone)?;
+            entry.ask(&event).map_err(|error| refused(&error))?;
+            entry.memory = machine.spec.memory;
+            machine
+        };
+        self.run_machine(&machine, begin).await?;
         self.expect_machine(id, START_PATIENCE, |state| {
             !matches!(state, State::Starting { .. })
         })
@@ -181,8 +206,12 @@ impl Control {
     }
 
     /// Lets a runner make the monitor of a machine that is starting.
-    pub(super) async fn run_machine(self: &Rc<Self>, machine: &Machine) -> Result<(), Problem> {
-        let started = self.try_run_machine(machine).await;
+    async fn run_machine(
+        self: &Rc<Self>,
+        machine: &Machine,
+        begin: impl AsyncFnOnce(&Machine) -> Result<Begin, Problem>,
+    ) -> Result<(), Problem> {
+        let started = self.try_run_machine(machine, begin).await;
         if let Err(problem) = &started
             && let Some(entry) = self.machines.book.borrow_mut().get_mut(machine.id)
         {
@@ -190,16 +219,30 @@ impl Control {
             // It is starting, which may always break.
             let _ = entry.ask(&Event::Broke(failure));
         }
+        // Of a machine that never ran nobody else tells.
+        self.give_back_memory(machine.id);
         self.store_life(machine.id).await;
         started
     }
 
-    async fn try_run_machine(self: &Rc<Self>, machine: &Machine) -> Result<(), Problem> {
-        let kernel = self.open_image(machine.images.kernel).await?;
-        let initrd = match machine.images.initrd {
-            Some(digest) => Some(self.open_image(digest).await?),
-            None => None,
-        };
+    /// What a machine boots.
+    async fn boot(&self, machine: &Machine) -> Result<Begin, Problem> {
+        Ok(Begin::Boot {
+            kernel: self.open_image(machine.images.kernel).await?,
+            initrd: match machine.images.initrd {
+                Some(digest) => Some(self.open_image(digest).await?),
+                None => None,
+            },
+        })
+    }
+
+    async fn try_run_machine(
+        self: &Rc<Self>,
+        machine: &Machine,
+        begin: impl AsyncFnOnce(&Machine) -> Result<Begin, Problem>,
+    ) -> Result<(), Problem> {
+        self.divide_memory(&machine.tenant_name).await?;
+        let begin = begin(machine).await?;
         let mut disks = Vec::new();
         for digest in &machine.images.disks {
             disks.push(self.open_image(*digest).await?);
@@ -212,8 +255,7 @@ impl Control {
         let plan = Plan {
             program: room.config.program.clone(),
             spec: machine.spec.clone(),
-            kernel,
-            initrd,
+            begin,
             disks,
         };
         let (whose, origin) = (room.whose(machine), Origin::New(Box::new(plan)));

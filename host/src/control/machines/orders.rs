@@ -19,8 +19,8 @@ impl Control {
         request: Request,
     ) -> Result<(), Problem> {
         let (answer, answered) = oneshot::channel();
-        self.ask_machine(id, Ask::Order(request, answer), answered)
-            .await
+        let ask = Ask::Order(request, answer);
+        self.ask_machine(id, ask, answered, ORDER_PATIENCE).await
     }
 
     /// Connects a terminal to a machine's console.
@@ -30,15 +30,16 @@ impl Control {
         terminal: std::os::fd::OwnedFd,
     ) -> Result<(), Problem> {
         let (answer, answered) = oneshot::channel();
-        self.ask_machine(id, Ask::Console(terminal, answer), answered)
-            .await
+        let ask = Ask::Console(terminal, answer);
+        self.ask_machine(id, ask, answered, ORDER_PATIENCE).await
     }
 
-    async fn ask_machine(
+    pub(super) async fn ask_machine(
         &self,
         id: MachineId,
         ask: Ask,
         answered: oneshot::Receiver<Result<(), String>>,
+        patience: Duration,
     ) -> Result<(), Problem> {
         {
             let book = self.machines.book.borrow();
@@ -52,7 +53,7 @@ impl Control {
             };
             runner.ask(ask);
         }
-        match tokio::time::timeout(ORDER_PATIENCE, answered).await {
+        match tokio::time::timeout(patience, answered).await {
             Ok(Ok(Ok(()))) => Ok(()),
             Ok(Ok(Err(why))) => Err(Problem::new(Code::MachineState, why)),
             Ok(Err(_)) => Err(Problem::new(

@@ -12,7 +12,7 @@ use super::Control;
 use crate::control::problem::Problem;
 use crate::machines::book::{Consequence, Used};
 use crate::machines::runner::Tell;
-use crate::state::machines::MachineTotals;
+use crate::state::machines::{Machine, MachineTotals};
 
 /// A guest that reboots all the time does so once a second.
 const RESTART_PAUSE: Duration = Duration::from_secs(1);
@@ -30,6 +30,7 @@ pub(crate) async fn pump(
             Consequence::Changed => {
                 control.announce_machine(id);
                 control.store_life(id).await;
+                control.give_back_memory(id);
             }
             Consequence::StartAgain => {
                 control.announce_machine(id);
@@ -55,7 +56,8 @@ async fn start_again(control: &Rc<Control>, id: MachineId) -> Result<(), Problem
     tokio::time::sleep_until(Instant::now() + RESTART_PAUSE).await;
     let machine = control.store(move |store| store.machine_by_id(id)).await?;
     if matches!(control.machines.state(id), Some(State::Starting { .. })) {
-        control.run_machine(&machine).await?;
+        let boot = async |machine: &Machine| control.boot(machine).await;
+        control.run_machine(&machine, boot).await?;
     }
     Ok(())
 }

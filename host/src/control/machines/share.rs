@@ -1,7 +1,10 @@
-//! A tenant's limit, held by its services and its machines together.
+//! A tenant's limits, held by its services and its machines together.
 //!
-//! The scheduler holds services back, the kernel machines, and neither knows of the other. So once
-//! a second a tenant's machines are given what its services left of the limit in the last second.
+//! *Memory.* A machine's is promised whole while it runs, and its tenant's services have what is left
+//! of the limit: the data plane is told so whenever a machine begins or ends.
+//!
+//! *CPU.* The scheduler holds services back, the kernel machines, and neither knows of the other. So
+//! once a second a tenant's machines are given what its services left of the limit in the last second.
 //! Services come first: they answer requests. What they do not use is the machines' a second later,
 //! and what they use more is taken from the machines a second later; over a longer time both
 //! together use the limit, and not twice.
@@ -11,11 +14,13 @@ use std::rc::Rc;
 use std::time::Duration;
 
 use insula_types::spec::CpuEnvelope;
-use insula_types::{Millicores, TenantId, TenantName};
+use insula_types::{Bytes, MachineId, Millicores, TenantId, TenantName};
 use tokio::time::{Instant, MissedTickBehavior};
 
 use super::Control;
 use crate::control::problem::Problem;
+use crate::messages::ToData;
+use crate::state::Tenant;
 
 /// How often the limit is divided anew.
 const EVERY: Duration = Duration::from_secs(1);
@@ -65,6 +70,45 @@ fn millicores(cpu_ns: u64, passed: Duration) -> u64 {
 fn left(limit: u64, services: u64) -> u64 {
     let least = (limit * LEAST_PERCENT / 100).max(1);
     limit.saturating_sub(services).max(least)
+}
+
+impl Control {
+    /// A tenant's envelope, and what its machines have of it, for the data plane.
+    pub(crate) fn envelope(&self, tenant: &Tenant) -> ToData {
+        let promised = self.machines.book.borrow().committed(Some(tenant.id));
+        ToData::Tenant {
+            id: tenant.id,
+            name: tenant.name.clone(),
+            spec: tenant.spec.clone(),
+            // Each machine was admitted; if all together were no size any more, it would be the most.
+            promised: Bytes::new(promised).unwrap_or(Bytes::MAX),
+        }
+    }
+
+    /// Leaves the memory of a machine that has ended to its tenant's services.
+    pub(super) fn give_back_memory(self: &Rc<Self>, id: MachineId) {
+        let book = self.machines.book.borrow();
+        let Some(ended) = book.get(id).filter(|entry| !entry.state().has_memory()) else {
+            return;
+        };
+        let (tenant, background) = (ended.tenant_name.clone(), Rc::clone(self));
+        self.spawn(async move {
+            // Where the tenant is gone, nobody is left who could use it.
+            if let Err(problem) = background.divide_memory(&tenant).await {
+                tracing::warn!(%tenant, problem = problem.detail(), "memory was not given back");
+            }
+        });
+    }
+
+    /// Tells the data plane how much of a tenant's memory its machines have now.
+    pub(super) async fn divide_memory(&self, tenant: &TenantName) -> Result<(), Problem> {
+        // No tenant changes or goes meanwhile.
+        let _mutation = self.mutation.lock().await;
+        let tenant = tenant.clone();
+        let tenant = self.store(move |store| store.tenant(&tenant)).await?;
+        self.link.apply(self.envelope(&tenant)).await?;
+        Ok(())
+    }
 }
 
 async fn divide(

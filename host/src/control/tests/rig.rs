@@ -56,14 +56,19 @@ impl Fake {
                         usage,
                         versions: std::mem::take(&mut *self.conduct.lock().unwrap()),
                         broken: Vec::new(),
+                        volumes: Vec::new(),
                         metrics: Some(metrics),
                     }),
                 };
             }
             ToData::Tenant { name, .. } => format!("tenant {name}"),
             ToData::DropTenant(id) => format!("drop tenant {id}"),
+            ToData::Volume { id, .. } => format!("volume {id}"),
+            ToData::DropVolume(id) => format!("drop volume {id}"),
+            ToData::CopyVolume { from, .. } => format!("copy volume {from}"),
             ToData::DropService(id) => format!("drop service {id}"),
             ToData::Open => "open".to_owned(),
+            ToData::Answer(_) => "answer".to_owned(),
             ToData::Certificate(_) => "certificate".to_owned(),
             ToData::Drain { deadline, .. } => format!("drain {deadline:?}"),
             ToData::Service(intent) => {
@@ -158,7 +163,8 @@ impl Rig {
             },
             seal: Arc::new(move |_, artefact| {
                 counting.fetch_add(1, Ordering::SeqCst);
-                [b"sealed:", artefact].concat()
+                std::io::copy(artefact, &mut std::io::sink())?;
+                Ok(b"sealed:".to_vec())
             }),
         };
         let listener = listen(SocketAddr::from(([127, 0, 0, 1], 0)), None).unwrap();

@@ -3,16 +3,19 @@
 use std::time::{Duration, SystemTime};
 
 use insula_types::spec::{ServiceSpec, TenantSpec};
-use insula_types::{Digest, Outcome, ServiceId, TenantId, Traffic, VersionNumber};
+use insula_types::{
+    Bytes, Digest, Outcome, ServiceId, TenantId, Traffic, VersionNumber, VolumeId, VolumeSpec,
+};
 use proptest::prelude::*;
 
 use super::*;
 use crate::messages::{
-    AtRest, Collect, Collected, IntendedVersion, LogSource, Refusal, ServiceIntent, ToData,
-    UsageDelta, VersionDelta,
+    Answer, AtRest, Collect, Collected, Found, IntendedVersion, LogSource, Question, Refusal,
+    ServiceIntent, ToData, UsageDelta, VersionDelta,
 };
 use crate::pool::conduct::{Conduct, STEPS};
 use crate::process::walls::Wall;
+use crate::storage::Usage;
 use crate::tls::Pem;
 
 fn file() -> File {
@@ -39,10 +42,13 @@ fn traffic() -> impl Strategy<Value = Traffic> {
 
 fn service_spec() -> impl Strategy<Value = ServiceSpec> {
     let env = prop::collection::btree_map("[A-Z]{1,8}", "\\PC{0,30}", 0..4);
-    (env, any::<bool>(), 0..4u64).prop_map(|(env, usage_header, which)| {
+    (env, any::<bool>(), 0..6u64).prop_map(|(env, usage_header, which)| {
         let text = match which {
             0 => "{}".to_owned(),
             1 => r#"{"limits":{"memory":"128MiB","fuel":"1T","timeout":"5m"}}"#.to_owned(),
+            3 => r#"{"volumes":[{"name":"d","path":"/d","mode":"ro"},{"name":"e","path":"/e"}]}"#
+                .to_owned(),
+            4 => r#"{"outbound":["https://api.example.com","http://*.local:81"]}"#.to_owned(),
             2 => r#"{"routes":["api.example.com/v2/*","example.com/"]}"#.to_owned(),
             _ => r#"{"sticky_header":"X-User-Id"}"#.to_owned(),
         };
@@ -76,6 +82,10 @@ fn service() -> impl Strategy<Value = ToData> {
                 name: name.parse().unwrap(),
                 spec,
                 traffic,
+                mounts: versions
+                    .iter()
+                    .map(|(id, ..)| VolumeId::new((*id).into()))
+                    .collect(),
                 versions: versions.into_iter().map(version).collect(),
             }))
         })
@@ -90,7 +100,12 @@ fn tenant() -> impl Strategy<Value = ToData> {
         ][which];
         let spec: TenantSpec = serde_json::from_str(text).unwrap();
         let (id, name) = (TenantId::new(id), "acme".parse().unwrap());
-        ToData::Tenant { id, name, spec }
+        ToData::Tenant {
+            id,
+            name,
+            spec,
+            promised: Bytes::mib(7),
+        }
     })
 }
 
@@ -100,6 +115,20 @@ fn to_data() -> impl Strategy<Value = ToData> {
         tenant(),
         any::<u64>().prop_map(|id| ToData::DropTenant(TenantId::new(id))),
         any::<u64>().prop_map(|id| ToData::DropService(ServiceId::new(id))),
+        (any::<u64>(), 1..1u64 << 40, 1..9u64).prop_map(|(id, size, inodes)| ToData::Volume {
+            id: VolumeId::new(id),
+            tenant: TenantId::new(id / 3),
+            spec: quota(size, inodes),
+            directory: file(),
+        }),
+        any::<u64>().prop_map(|id| ToData::DropVolume(VolumeId::new(id))),
+        (any::<u64>(), 1..1u64 << 40).prop_map(|(id, size)| ToData::CopyVolume {
+            from: VolumeId::new(id),
+            to: file(),
+            spec: quota(size, 3),
+        }),
+        (any::<u64>(), any::<u64>(), found())
+            .prop_map(|(id, cpu_ns, found)| { ToData::Answer(Answer { id, cpu_ns, found }) }),
         Just(()).prop_map(|()| ToData::Open),
         (any::<bool>(), any::<u64>()).prop_map(|(usage, control_cpu_ns)| {
             let what = if usage {
@@ -127,6 +156,21 @@ fn to_data() -> impl Strategy<Value = ToData> {
     ]
 }
 
+fn quota(size: u64, inodes: u64) -> VolumeSpec {
+    let size = Bytes::new(size).unwrap();
+    VolumeSpec { size, inodes }
+}
+
+fn found() -> impl Strategy<Value = Result<Found, String>> {
+    let addresses = prop::collection::vec((any::<std::net::IpAddr>(), any::<u16>()), 0..4);
+    let roots = prop::collection::vec(any::<Vec<u8>>(), 0..4);
+    prop_oneof![
+        addresses.prop_map(|all| Ok(Found::Addresses(all.into_iter().map(Into::into).collect()))),
+        roots.prop_map(|roots| Ok(Found::Roots(roots))),
+        "\\PC*".prop_map(Err),
+    ]
+}
+
 fn refusal() -> impl Strategy<Value = Refusal> {
     prop_oneof![
         any::<u64>().prop_map(|id| Refusal::UnknownTenant(TenantId::new(id))),
@@ -136,6 +180,8 @@ fn refusal() -> impl Strategy<Value = Refusal> {
             reason,
         }),
         "\\PC*".prop_map(Refusal::Envelope),
+        any::<u64>().prop_map(|id| Refusal::UnknownVolume(VolumeId::new(id))),
+        "\\PC*".prop_map(Refusal::Storage),
     ]
 }
 
@@ -174,6 +220,16 @@ fn collected() -> impl Strategy<Value = Collected> {
         prop::option::of("\\PC*"),
     )
         .prop_map(|(usage, versions, metrics)| Collected {
+            volumes: versions
+                .iter()
+                .map(|delta: &VersionDelta| {
+                    let used = Usage {
+                        bytes: delta.conduct.failed.into(),
+                        inodes: 7,
+                    };
+                    (VolumeId::new(3), used)
+                })
+                .collect(),
             broken: versions
                 .iter()
                 .map(|_| ("a".parse().unwrap(), "b".parse().unwrap()))
@@ -228,6 +284,15 @@ fn from_data() -> impl Strategy<Value = FromData> {
             collected: Box::new(collected),
         }),
         prop::collection::vec(record(), 0..5).prop_map(FromData::Logs),
+        (any::<u64>(), "\\PC*", any::<u16>()).prop_map(|(id, name, port)| FromData::Asks {
+            id,
+            tenant: TenantId::new(id / 2),
+            question: if port == 0 {
+                Question::Roots
+            } else {
+                Question::Addresses { name, port }
+            },
+        }),
     ]
 }
 
@@ -320,6 +385,7 @@ fn files_and_message_must_fit_together() {
                 digest: Digest::new([0; 32]),
                 artefact: Some(file()),
             }],
+            mounts: Vec::new(),
         })),
     };
     let mut lost = command().pack().unwrap();

@@ -2,18 +2,19 @@
 
 use std::collections::{BTreeMap, BTreeSet, HashSet};
 
+use insula_types::volume::MountMode;
 use insula_types::{
     Bytes, Digest, Millicores, ServiceId, ServiceName, ServiceSpec, TenantId, TenantName,
-    TenantSpec, Traffic, VersionNumber,
+    TenantSpec, Traffic, VersionNumber, VolumeId, VolumeName,
 };
 
 use super::machines::Machines;
 use crate::state::{
     AUDIT_KEPT, Access, AddedVersion, Audit, AuditEntry, Commitments, Deleted, Held, Listed,
-    NewToken, NewVersion, Page, Precondition, Put, REMEMBERED_FOR, REMEMBERED_MAX, Remembered,
-    SERVICES_PER_TENANT_MAX, Scope, Service, Store, StoreError, StoredUsage, Switched, TENANTS_MAX,
-    TOKENS_MAX, TemporaryDir, Tenant, Timestamp, Token, TokenHash, UsageTotals, VERSIONS_KEPT,
-    Version,
+    NewToken, NewVersion, NewVolume, Page, Precondition, Put, REMEMBERED_FOR, REMEMBERED_MAX,
+    Remembered, SERVICES_PER_TENANT_MAX, Scope, Service, Store, StoreError, StoredUsage, Switched,
+    TENANTS_MAX, TOKENS_MAX, TemporaryDir, Tenant, Timestamp, Token, TokenHash, UsageTotals,
+    VERSIONS_KEPT, VOLUMES_PER_TENANT_MAX, Version, Volume,
 };
 
 /// A service without what follows from other records.
@@ -43,6 +44,8 @@ pub(super) struct Model {
     last_tenant: u64,
     last_service: u64,
     last_token: u64,
+    volumes: BTreeMap<(TenantId, VolumeName), Volume>,
+    last_volume: u64,
 }
 
 fn reservation(tenant: &Tenant) -> u64 {
@@ -130,6 +133,17 @@ impl Model {
             previous: row.previous,
             created: row.created,
         })
+    }
+
+    fn check_mounts(&self, tenant: TenantId, spec: &ServiceSpec) -> Result<(), StoreError> {
+        for mount in &spec.volumes {
+            let volume = self.volumes.get(&(tenant, mount.name.clone()));
+            let unknown = || StoreError::UnknownVolume(mount.name.to_string());
+            if volume.ok_or_else(unknown)?.read_only && mount.mode == MountMode::Rw {
+                return Err(StoreError::VolumeReadOnly(mount.name.to_string()));
+            }
+        }
+        Ok(())
     }
 
     /// A host belongs to one tenant, a route to one service.
@@ -286,6 +300,7 @@ impl Store for Model {
         self.tenants.remove(name);
         self.services.retain(|_, row| row.tenant != record.id);
         self.usage.retain(|(tenant, _), _| *tenant != record.id);
+        self.volumes.retain(|(tenant, _), _| *tenant != record.id);
         self.tokens.retain(
             |_, token| !matches!(&token.scope, Scope::Tenant(tenant, _) if *tenant == record.id),
         );
@@ -357,6 +372,7 @@ impl Store for Model {
             )?;
         }
         self.check_routes(owner, before, spec)?;
+        self.check_mounts(owner, spec)?;
         if let Some(id) = before {
             let row = self.row_mut(id)?;
             row.spec = spec.clone();
@@ -397,6 +413,94 @@ impl Store for Model {
             unreferenced: self.unreferenced(&used),
             record,
         })
+    }
+
+    fn volumes(&mut self, tenant: &TenantName, page: &Page) -> Result<Listed<Volume>, StoreError> {
+        let owner = self.tenant(tenant)?.id;
+        let after = page.after.as_deref().unwrap_or("");
+        let own = self
+            .volumes
+            .values()
+            .filter(|volume| volume.tenant == owner);
+        let own = own.filter(|volume| volume.name.as_str() > after).cloned();
+        Ok(page_of(own, page, |volume| volume.name.to_string()))
+    }
+
+    fn volume(&mut self, tenant: &TenantName, name: &VolumeName) -> Result<Volume, StoreError> {
+        let owner = self.tenants.get(tenant).map(|tenant| tenant.id);
+        let found = owner.and_then(|owner| self.volumes.get(&(owner, name.clone())));
+        found.cloned().ok_or(StoreError::NotFound("volume"))
+    }
+
+    fn put_volume(
+        &mut self,
+        tenant: &TenantName,
+        name: &VolumeName,
+        new: &NewVolume,
+        precondition: Precondition,
+        now: Timestamp,
+    ) -> Result<Put<Volume>, StoreError> {
+        let owner = self.tenant(tenant)?.id;
+        let key = (owner, name.clone());
+        let before = self.volumes.get_mut(&key);
+        precondition.check(before.as_ref().map(|volume| volume.generation))?;
+        if let Some(volume) = before {
+            if volume.spec == new.spec {
+                return Ok(Put::Unchanged(volume.clone()));
+            }
+            volume.spec = new.spec;
+            volume.generation += 1;
+            return Ok(Put::Changed(volume.clone()));
+        }
+        let own = self
+            .volumes
+            .values()
+            .filter(|volume| volume.tenant == owner);
+        full(
+            own.count(),
+            "volumes of this tenant",
+            VOLUMES_PER_TENANT_MAX,
+        )?;
+        self.last_volume += 1;
+        let volume = Volume {
+            id: VolumeId::new(self.last_volume),
+            tenant: owner,
+            tenant_name: tenant.clone(),
+            name: name.clone(),
+            spec: new.spec,
+            directory: new.directory.clone(),
+            read_only: new.read_only,
+            origin: new.origin.clone(),
+            generation: 1,
+            created: now,
+        };
+        self.volumes.insert(key, volume.clone());
+        Ok(Put::Created(volume))
+    }
+
+    fn delete_volume(
+        &mut self,
+        tenant: &TenantName,
+        name: &VolumeName,
+        precondition: Precondition,
+    ) -> Result<Volume, StoreError> {
+        let volume = self.volume(tenant, name)?;
+        precondition.check(Some(volume.generation))?;
+        let users = self.services.values().filter(|row| {
+            row.tenant == volume.tenant && row.spec.volumes.iter().any(|mount| mount.name == *name)
+        });
+        if let Some(service) = users.map(|row| row.name.to_string()).min() {
+            return Err(StoreError::VolumeInUse { service });
+        }
+        self.volumes.remove(&(volume.tenant, name.clone()));
+        Ok(volume)
+    }
+
+    fn volume_directories(&mut self) -> Result<HashSet<String>, StoreError> {
+        let directories = self.volumes.values();
+        Ok(directories
+            .map(|volume| volume.directory.to_string())
+            .collect())
     }
 
     fn versions(&mut self, service: ServiceId, page: &Page) -> Result<Listed<Version>, StoreError> {

@@ -2,13 +2,13 @@
 
 use std::time::Duration;
 
-use insula_types::{Digest, Outcome, ServiceId, TenantId, Traffic, VersionNumber};
+use insula_types::{Digest, Outcome, ServiceId, TenantId, Traffic, VersionNumber, VolumeSpec};
 use proptest::prelude::*;
 use serde_json::json;
 
 use crate::state::{
-    Access, Audit, NewToken, NewVersion, Precondition, Remembered, Store, StoreError, Timestamp,
-    UsageTotals,
+    Access, Audit, NewToken, NewVersion, NewVolume, Precondition, Remembered, Store, StoreError,
+    Timestamp, UsageTotals,
 };
 
 /// What all tenants can reserve together.
@@ -21,12 +21,15 @@ const TENANT_SPECS: [&str; 4] = [
     r#"{"cpu":{"reservation":"1500m","limit":"2"},"memory":{"limit":"64MiB"}}"#,
     r#"{"memory":{"limit":"1GiB"},"requests":{"in_flight":1}}"#,
 ];
-const SERVICE_SPECS: [&str; 5] = [
+const VOLUMES: [&str; 2] = ["data", "snap"];
+const SERVICE_SPECS: [&str; 7] = [
     "{}",
     r#"{"usage_header":true,"env":{"K":"V"}}"#,
     r#"{"routes":["x.example/*"]}"#,
     r#"{"routes":["x.example/*","x.example/a/*"],"sticky_header":"x-user"}"#,
     r#"{"routes":["y.example/*"],"auto_rollback":{"enabled":false}}"#,
+    r#"{"volumes":[{"name":"data","path":"/data"}]}"#,
+    r#"{"volumes":[{"name":"snap","path":"/s","mode":"ro"},{"name":"data","path":"/d"}]}"#,
 ];
 
 /// A change. Numbers beyond what there is stand for what is not there.
@@ -48,6 +51,9 @@ pub(super) enum Change {
     Use(u64, u64, u64),
     Remember(u8, u8),
     Forget(u8),
+    /// Tenant, volume, size in MiB, whether it can only be read.
+    PutVolume(usize, usize, u64, bool, Precondition),
+    DeleteVolume(usize, usize, Precondition),
     Audit(Option<u64>),
 }
 
@@ -95,8 +101,9 @@ fn shares() -> impl Strategy<Value = Vec<(u32, u8)>> {
 
 fn change() -> impl Strategy<Value = Change> {
     use Change::{
-        AddToken, Audit, DeleteService, DeleteTenant, DeleteToken, Forget, PutService, PutTenant,
-        Remember, Switch, SwitchAndTakeBack, Upload, UploadMany, Use,
+        AddToken, Audit, DeleteService, DeleteTenant, DeleteToken, DeleteVolume, Forget,
+        PutService, PutTenant, PutVolume, Remember, Switch, SwitchAndTakeBack, Upload, UploadMany,
+        Use,
     };
     let tenant = || 0..TENANTS.len();
     let service = || 0..SERVICES.len();
@@ -124,6 +131,10 @@ fn change() -> impl Strategy<Value = Change> {
             .prop_map(|(tenant, service, amount)| Use(tenant, service, amount)),
         2 => (0..3u8, any::<u8>()).prop_map(|(key, body)| Remember(key, body)),
         1 => (0..3u8).prop_map(Forget),
+        4 => (tenant(), 0..VOLUMES.len(), 1..4u64, any::<bool>(), precondition())
+            .prop_map(|(owner, name, mib, ro, p)| PutVolume(owner, name, mib, ro, p)),
+        2 => (tenant(), 0..VOLUMES.len(), precondition())
+            .prop_map(|(owner, name, p)| DeleteVolume(owner, name, p)),
         2 => proptest::option::of(1..4u64).prop_map(Audit),
     ]
 }
@@ -255,6 +266,23 @@ impl Change {
                     answer: format!("{{\"serial\":{serial}}}"),
                 };
                 told(&store.remember(&answer, now))
+            }
+            Self::PutVolume(owner, name, mib, read_only, precondition) => {
+                let new = NewVolume {
+                    spec: VolumeSpec {
+                        size: insula_types::Bytes::mib(*mib),
+                        ..VolumeSpec::default()
+                    },
+                    directory: format!("{serial:032x}").parse().unwrap(),
+                    read_only: *read_only,
+                    origin: read_only.then(|| "data".parse().unwrap()),
+                };
+                let name = VOLUMES[*name].parse().unwrap();
+                told(&store.put_volume(&tenant(*owner), &name, &new, *precondition, now))
+            }
+            Self::DeleteVolume(owner, name, precondition) => {
+                let name = VOLUMES[*name].parse().unwrap();
+                told(&store.delete_volume(&tenant(*owner), &name, *precondition))
             }
             Self::Forget(key) => told(&store.forget(&[*key; 32])),
             Self::Audit(owner) => {

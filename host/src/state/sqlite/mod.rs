@@ -13,13 +13,14 @@ mod tokens;
 mod traffic;
 mod usage;
 mod versions;
+mod volumes;
 
 use std::collections::HashSet;
 use std::str::FromStr;
 
 use insula_types::{
     Digest, ServiceId, ServiceName, ServiceSpec, TenantId, TenantName, TenantSpec, Traffic,
-    VersionNumber,
+    VersionNumber, VolumeName,
 };
 use rusqlite::types::Type;
 use rusqlite::{
@@ -28,8 +29,9 @@ use rusqlite::{
 
 use super::{
     AddedVersion, Audit, AuditEntry, Commitments, DataDir, Deleted, Health, Listed, NewToken,
-    NewVersion, Page, Precondition, Put, Remembered, Service, Store, StoreError, StoredUsage,
-    Switched, TemporaryDir, Tenant, Timestamp, Token, TokenHash, UsageTotals, Version,
+    NewVersion, NewVolume, Page, Precondition, Put, Remembered, Service, Store, StoreError,
+    StoredUsage, Switched, TemporaryDir, Tenant, Timestamp, Token, TokenHash, UsageTotals, Version,
+    Volume,
 };
 
 /// The database's file in the data directory.
@@ -341,6 +343,46 @@ impl Store for SqliteStore {
         let deleted = services::delete(&write, tenant, name, precondition)?;
         write.commit()?;
         Ok(deleted)
+    }
+
+    fn volumes(&mut self, tenant: &TenantName, page: &Page) -> Result<Listed<Volume>, StoreError> {
+        let owner = self.tenant(tenant)?.id;
+        volumes::list(&self.connection, owner, page)
+    }
+
+    fn volume(&mut self, tenant: &TenantName, name: &VolumeName) -> Result<Volume, StoreError> {
+        let volume = volumes::find(&self.connection, tenant, name)?;
+        volume.ok_or(StoreError::NotFound("volume"))
+    }
+
+    fn put_volume(
+        &mut self,
+        tenant: &TenantName,
+        name: &VolumeName,
+        new: &NewVolume,
+        precondition: Precondition,
+        now: Timestamp,
+    ) -> Result<Put<Volume>, StoreError> {
+        let write = self.write()?;
+        let put = volumes::put(&write, tenant, name, new, precondition, now)?;
+        write.commit()?;
+        Ok(put)
+    }
+
+    fn delete_volume(
+        &mut self,
+        tenant: &TenantName,
+        name: &VolumeName,
+        precondition: Precondition,
+    ) -> Result<Volume, StoreError> {
+        let write = self.write()?;
+        let deleted = volumes::delete(&write, tenant, name, precondition)?;
+        write.commit()?;
+        Ok(deleted)
+    }
+
+    fn volume_directories(&mut self) -> Result<HashSet<String>, StoreError> {
+        volumes::directories(&self.connection)
     }
 
     fn versions(&mut self, service: ServiceId, page: &Page) -> Result<Listed<Version>, StoreError> {

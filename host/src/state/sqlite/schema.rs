@@ -158,6 +158,27 @@ CREATE TABLE machine_usage (
     net_sent_bytes INTEGER NOT NULL
 ) STRICT;
 ",
+    "
+CREATE TABLE volumes (
+    id INTEGER PRIMARY KEY AUTOINCREMENT,
+    tenant INTEGER NOT NULL REFERENCES tenants (id) ON DELETE CASCADE,
+    name TEXT NOT NULL,
+    spec TEXT NOT NULL,
+    directory TEXT NOT NULL UNIQUE,
+    read_only INTEGER NOT NULL CHECK (read_only IN (0, 1)),
+    -- The name, at that time, of the volume that it was copied from.
+    origin TEXT,
+    generation INTEGER NOT NULL,
+    created_ms INTEGER NOT NULL,
+    UNIQUE (tenant, name)
+) STRICT;
+CREATE TABLE mounts (
+    service INTEGER NOT NULL REFERENCES services (id) ON DELETE CASCADE,
+    volume INTEGER NOT NULL REFERENCES volumes (id) ON DELETE CASCADE,
+    PRIMARY KEY (service, volume)
+) STRICT, WITHOUT ROWID;
+CREATE INDEX mounts_by_volume ON mounts (volume);
+",
 ];
 
 /// Applies what is missing.

@@ -7,6 +7,7 @@ use rusqlite::types::Type;
 use rusqlite::{Connection, OptionalExtension, Row, params};
 
 use super::versions;
+use super::volumes;
 use super::{Write, int, json, listed, nat, parsed, tenants, time, to_json, usage, version_number};
 use crate::state::{
     Deleted, Held, Listed, Page, Precondition, Put, SERVICES_PER_TENANT_MAX, Service, StoreError,
@@ -99,6 +100,7 @@ pub(super) fn put(
                 params![int(service.id.get()), to_json(spec)?],
             )?;
             set_routes(write, tenant.id, service.id, spec)?;
+            volumes::set_mounts(write, tenant_name, service.id, spec)?;
             by_id(write, service.id).map(Put::Changed)
         }
         None => {
@@ -126,6 +128,7 @@ pub(super) fn put(
             )?;
             let id = ServiceId::new(write.last_insert_rowid().unsigned_abs());
             set_routes(write, tenant.id, id, spec)?;
+            volumes::set_mounts(write, tenant_name, id, spec)?;
             by_id(write, id).map(Put::Created)
         }
     }

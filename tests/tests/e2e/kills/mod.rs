@@ -10,7 +10,7 @@
 //! `INSULA_TEST_KILLS` asks for more than 200 kills; `INSULA_TEST_SEED` for the same choices
 //! again (the instants are the machine's).
 
-mod model;
+pub(crate) mod model;
 mod random;
 
 use std::collections::BTreeSet;
@@ -25,7 +25,7 @@ use self::random::Random;
 
 const KILLS: u64 = 200;
 
-fn number_from(variable: &str) -> Option<u64> {
+pub(crate) fn number_from(variable: &str) -> Option<u64> {
     let text = std::env::var(variable).ok()?;
     Some(
         text.parse()
@@ -97,27 +97,27 @@ impl Client {
             self.model = after;
         }
     }
+}
 
-    /// What has a version with a share answers, and with that version.
-    fn is_served(&self, host: &TestHost) {
-        for (name, service) in &self.model.services {
-            let host_name = format!("{name}.{}.localhost", self.tenant);
-            let answer = host.request(&host_name, "GET", "/");
-            let answer = answer.header("te", "trailers").send();
-            if service.traffic.is_empty() {
-                assert_eq!(answer.status, 404, "{host_name}: {answer:?}");
-                continue;
-            }
-            assert_eq!(answer.status, 200, "{host_name}: {answer:?}");
-            let version = u32::try_from(answer.usage().version).expect("a version");
-            let share = service.traffic.get(&version);
-            assert!(share > Some(&0), "{host_name}: {version} of {service:?}");
+/// What has a version with a share answers, and with that version.
+pub(crate) fn is_served(host: &TestHost, tenant: &str, model: &Model) {
+    for (name, service) in &model.services {
+        let host_name = format!("{name}.{tenant}.localhost");
+        let answer = host.request(&host_name, "GET", "/");
+        let answer = answer.header("te", "trailers").send();
+        if service.traffic.is_empty() {
+            assert_eq!(answer.status, 404, "{host_name}: {answer:?}");
+            continue;
         }
+        assert_eq!(answer.status, 200, "{host_name}: {answer:?}");
+        let version = u32::try_from(answer.usage().version).expect("a version");
+        let share = service.traffic.get(&version);
+        assert!(share > Some(&0), "{host_name}: {version} of {service:?}");
     }
 }
 
 /// Digests of the samples.
-fn digests(host: &TestHost) -> Digests {
+pub(crate) fn digests(host: &TestHost) -> Digests {
     let tenant = host.tenant("samples").create();
     let service = tenant.service("web").create();
     let digests = SAMPLES.map(|sample| {
@@ -130,10 +130,9 @@ fn digests(host: &TestHost) -> Digests {
 }
 
 /// No file is there without a record, and none is missing.
-fn files_are_those_of(host: &TestHost, clients: &[Client]) {
-    let wanted: BTreeSet<String> = clients
-        .iter()
-        .flat_map(|client| client.model.digests())
+pub(crate) fn files_are_those_of<'a>(host: &TestHost, models: impl Iterator<Item = &'a Model>) {
+    let wanted: BTreeSet<String> = models
+        .flat_map(Model::digests)
         .map(|digest| digest.trim_start_matches("sha256:").to_owned())
         .collect();
     let names = |folder: &str| -> BTreeSet<String> {
@@ -211,9 +210,9 @@ fn what_was_acknowledged_survives_kill_9_at_any_instant() {
         for client in &mut clients {
             client.compare(&admin);
         }
-        files_are_those_of(&host, &clients);
+        files_are_those_of(&host, clients.iter().map(|client| &client.model));
         for client in &clients {
-            client.is_served(&host);
+            is_served(&host, &client.tenant, &client.model);
         }
     }
     let acknowledged: u64 = clients.iter().map(|client| client.acknowledged).sum();

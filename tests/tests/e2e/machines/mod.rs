@@ -2,6 +2,8 @@
 //! runs on any KVM that opens. What an ordinary kernel needs is shown in the bed (`cargo xtask
 //! vm-test`).
 
+// One kernel for the tests of the monitor and of the host.
+#[path = "../../../../vmm/tests/monitor/kernel.rs"]
 mod kernel;
 
 use std::fs;
@@ -12,7 +14,7 @@ use std::process::Command;
 use std::time::Duration;
 
 use insula_tests::wait::holds;
-use insula_tests::{TestHost, until};
+use insula_tests::{TestHost, guests, until};
 use serde_json::{Value, json};
 
 const PATIENCE: Duration = Duration::from_secs(30);
@@ -68,6 +70,14 @@ fn act(host: &TestHost, verb: &str) -> Value {
     host.admin().post(&format!("{MACHINE}/{verb}"), &json!({}))
 }
 
+/// Each of these was done to a machine, and the audit log says so.
+fn assert_audited(host: &TestHost, orders: &[&str]) {
+    let log = host.admin().get("/v1/audit?limit=500").to_string();
+    for order in orders {
+        assert!(log.contains(&format!("{order}Machine")), "{order}: {log}");
+    }
+}
+
 fn expect_state(host: &TestHost, state: &str) {
     until(PATIENCE, state, || {
         let machine = host.admin().get(MACHINE);
@@ -109,10 +119,14 @@ struct Console(TcpStream);
 
 impl Console {
     fn open(host: &TestHost) -> Self {
+        Self::of(host, MACHINE)
+    }
+
+    fn of(host: &TestHost, machine: &str) -> Self {
         let mut stream = TcpStream::connect(host.admin_address()).expect("connects");
         stream.set_read_timeout(Some(PATIENCE)).expect("a socket");
         let request = format!(
-            "GET {MACHINE}/console HTTP/1.1\r\nhost: a\r\nauthorization: Bearer {}\r\n\
+            "GET {machine}/console HTTP/1.1\r\nhost: a\r\nauthorization: Bearer {}\r\n\
              connection: upgrade\r\nupgrade: insula-console\r\n\r\n",
             host.token()
         );
@@ -180,6 +194,8 @@ fn a_machine_from_definition_to_deletion() {
     assert_eq!(admin.request("GET", MACHINE).send().status, 404);
     let left = fs::read_dir(host.data().join("machines")).expect("it is there");
     assert_eq!(left.count(), 0);
+    let orders = ["start", "pause", "resume", "reset", "stop", "delete"];
+    assert_audited(&host, &orders);
     admin.delete("/v1/tenants/acme");
 }
 
@@ -217,6 +233,55 @@ fn machines_outlive_their_host_and_are_found_again() {
     act(&host, "start");
     host.admin()
         .post(&format!("{MACHINE}/stop?force=true"), &json!({}));
+}
+
+#[test]
+fn a_machine_goes_on_from_its_snapshot_and_so_does_a_clone() {
+    let Some(host) = host() else { return };
+    let admin = host.admin();
+    let restore = format!("{MACHINE}/restore");
+    let refused = |path: &str| admin.json("POST", path, &json!({})).send().problem();
+    assert_eq!(refused(&restore), "no_snapshot");
+    assert_eq!(refused(&format!("{MACHINE}/snapshot")), "machine_state");
+    act(&host, "start");
+    let mut console = Console::open(&host);
+    assert_eq!(console.read(1), ">");
+    let saved = act(&host, "snapshot");
+    assert_eq!(saved["state"], "running");
+    assert!(saved["snapshot_at"].is_string(), "{saved}");
+    console.type_in("a");
+    assert_eq!(console.read(1), "a", "it runs on");
+    assert_eq!(refused(&restore), "machine_state", "while it runs");
+    let stop = |machine: &str| admin.post(&format!("{machine}/stop?force=true"), &json!({}));
+    stop(MACHINE);
+
+    assert_eq!(act(&host, "restore")["state"], "running");
+    let clone = "/v1/tenants/acme/machines/clone";
+    admin.put(clone, &spec());
+    let cloned = admin.post(&format!("{clone}/restore?from=echo"), &json!({}));
+    assert_eq!(cloned["state"], "running");
+    for (machine, key) in [(MACHINE, "b"), (clone, "c")] {
+        let mut console = Console::of(&host, machine);
+        console.type_in(key);
+        assert_eq!(console.read(1), key, "no prompt: it does not start anew");
+    }
+    stop(MACHINE);
+    stop(clone);
+
+    assert_audited(&host, &["snapshot", "restore"]);
+    let other = "/v1/tenants/acme/machines/other";
+    admin.put(other, &json!({"kernel": "echo", "memory": "32MiB"}));
+    assert_eq!(
+        refused(&format!("{other}/restore?from=echo")),
+        "other_machine"
+    );
+    let memory = host.data().join("machines/1/saved/memory");
+    let mut bytes = fs::read(&memory).expect("it was saved");
+    bytes[0x10_0000] ^= 1;
+    fs::write(&memory, bytes).expect("room");
+    assert_eq!(refused(&restore), "snapshot_broken");
+    let machine = admin.get(MACHINE);
+    assert_eq!(machine["state"], "stopped", "nothing was started");
 }
 
 #[test]
@@ -336,6 +401,30 @@ fn what_a_machine_uses_is_on_the_books() {
         after >= before.map(|before| before * 0.9),
         "{before:?}, then {after:?}"
     );
+}
+
+#[test]
+fn what_a_machine_was_promised_its_tenants_services_do_not_have() {
+    let Some(host) = host() else { return };
+    let admin = host.admin();
+    let service = "/v1/tenants/acme/services/web";
+    admin.put(service, &json!({}));
+    let uploaded = admin.upload(&format!("{service}/versions"), guests::bytes("hello"));
+    assert_eq!(uploaded.send().status, 201);
+    let status = || host.request("web.acme.localhost", "GET", "/").send().status;
+    assert_eq!(status(), 200);
+    // All of the tenant's 64 MiB.
+    admin.put(MACHINE, &json!({"kernel": "echo", "memory": "64MiB"}));
+    act(&host, "start");
+    assert_ne!(status(), 200);
+    host.crash_and_restart();
+    expect_state(&host, "running");
+    assert_ne!(status(), 200, "nor after a restart");
+    act(&host, "stop?force=true");
+    until(PATIENCE, "the memory is given back", || {
+        let status = status();
+        holds(status == 200, status.to_string())
+    });
 }
 
 #[test]

@@ -35,6 +35,7 @@ fn computing(host: &TestHost, tenant: &str) -> Service {
         .create()
         .service("echo")
         .limits(limits)
+        .usage_header()
         .deploy("echo")
 }
 
@@ -100,26 +101,47 @@ fn tenants_that_compute_one_and_three_are_charged_one_and_three() {
     host.when_ended("trio", 3);
     let before = host.metrics();
     // In turn and in small pieces, so that both meet the same machine: what else runs on the physical
-    // core makes the same work take up to twice the time, for tens of milliseconds on end.
+    // core makes the same work take up to twice the time, for tens of milliseconds on end. It can
+    // still meet one of the two more often, so what counts is the round in the middle.
     let path = format!("/burn?n={steps}");
+    let charged = |service: &Service| {
+        let answer = service.get(&path).send();
+        assert_eq!(answer.status, 200, "{}", answer.text());
+        answer.usage().cpu_us
+    };
     let rounds = 400;
+    let mut ratios = Vec::new();
+    let (mut said_one, mut said_three) = (0, 0);
     for _ in 0..rounds {
-        for service in [&one, &three, &three, &three] {
-            assert_eq!(service.get(&path).send().status, 200);
-        }
+        let first = charged(&one);
+        let others: u64 = (0..3).map(|_| charged(&three)).sum();
+        said_one += first;
+        said_three += others;
+        ratios.push(seconds(others) / seconds(first));
     }
     host.when_ended("solo", 3 + rounds);
     let after = host.when_ended("trio", 3 + 3 * rounds);
     let cpu = |tenant: &str| after.cpu_seconds(tenant) - before.cpu_seconds(tenant);
     let fuel = |tenant: &str| after.fuel(tenant) - before.fuel(tenant);
-    let ratio = cpu("trio") / cpu("solo");
+    ratios.sort_by(f64::total_cmp);
+    let ratio = ratios[ratios.len() / 2];
     eprintln!(
-        "work 1:3 is charged {:.3} s : {:.3} s, 1:{ratio:.4}",
+        "work 1:3 is charged 1:{ratio:.4} in the middle round, {:.3} s : {:.3} s in all, 1:{:.4}",
         cpu("solo"),
-        cpu("trio")
+        cpu("trio"),
+        cpu("trio") / cpu("solo")
     );
     assert_eq!(fuel("trio"), 3 * fuel("solo"));
     assert!((ratio / 3.0 - 1.0).abs() <= 0.02, "1:{ratio}");
+    // The books hold what the answers said, and the work on the connections.
+    for (tenant, said) in [("solo", said_one), ("trio", said_three)] {
+        let more = cpu(tenant) / seconds(said);
+        assert!((1.0..=1.05).contains(&more), "{tenant}: {more}");
+    }
+}
+
+fn seconds(us: u64) -> f64 {
+    Duration::from_micros(us).as_secs_f64()
 }
 
 #[test]
