@@ -237,6 +237,14 @@ impl DataLink {
             .unwrap_or(Err(LinkError::Timeout))
     }
 
+    /// Waits until data knows all that is stored, for what cannot be sent again.
+    pub(crate) async fn settled(&self) -> Result<(), LinkError> {
+        let mut standing = self.standing.subscribe();
+        let open = standing.wait_for(|now| *now == Standing::Open);
+        let waited = tokio::time::timeout(APPLY_TIMEOUT, open).await;
+        waited.map(drop).map_err(|_| LinkError::Timeout)
+    }
+
     /// Lets running requests finish until the deadline.
     pub(crate) async fn drain(&self, deadline: Duration, at_rest: AtRest) -> Result<(), LinkError> {
         // Cancelling what is left at the deadline takes a moment too.

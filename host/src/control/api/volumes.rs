@@ -259,7 +259,12 @@ async fn copy(
         to: opened,
         spec: source.spec,
     };
-    if let Err(error) = control.link.apply_within(asked, COPY_TIMEOUT).await {
+    let copied = async {
+        // Sent once: what a data process that died has left is no empty directory.
+        control.link.settled().await?;
+        control.link.apply_within(asked, COPY_TIMEOUT).await
+    };
+    if let Err(error) = copied.await {
         remove(&control, vec![directory]).await;
         return Err(match error {
             LinkError::Refused(Refusal::Storage(why)) => Problem::new(Code::StorageFull, why),
