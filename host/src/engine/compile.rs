@@ -2,17 +2,25 @@
 //!
 //! Reads the component from standard input, writes the raw artefact to standard output and exits
 //! with 0; or writes one line of JSON, `{"code":…,"detail":…}`, to standard error and exits with
-//! [`REFUSED`]. Anything else (a signal, another code) means that a limit ended it. It limits its
-//! own address space and CPU time before it reads the first byte.
+//! [`REFUSED`]. Anything else (a signal, another code) means that a limit ended it.
+//!
+//! ```text
+//!  started ─▶ limits itself ─▶ becomes the same program anew ─▶ reads the component ─▶ …
+//!                               │ its allocator meets the limits from its first page on
+//! ```
+//!
+//! The allocator reserves its first gigabyte before `main`, as memory that may be written to. That
+//! alone would be all that the limit of such memory allows, so the limit has to be there first.
 
 use std::io::{Read, Write};
-use std::process::ExitCode;
+use std::os::unix::process::CommandExt;
+use std::process::{Command, ExitCode};
 
 use insula_types::quantity::Bytes;
-use rustix::process::{Resource, Rlimit, setrlimit};
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use wasmtime::component::Component;
 
-use super::config::{COMPILE_CPU, COMPILE_MEMORY, Engine};
+use super::config::{COMPILE_CPU, COMPILE_DATA, COMPILE_MEMORY, COMPILE_THREADS, Engine};
 use super::scan::{ScanError, scan};
 use crate::config::COMPONENT_MAX;
 
@@ -41,8 +49,13 @@ impl From<ScanError> for Refusal {
 /// The whole life of the compiler child.
 #[must_use]
 pub fn compile_child_main() -> ExitCode {
+    let began_limited = is_at_most(Resource::Data, COMPILE_DATA.get());
     if let Err(error) = limit_self() {
         return fail(&format!("cannot limit the compiler: {error}"));
+    }
+    if !began_limited {
+        let error = again();
+        return fail(&format!("cannot begin the compiler anew: {error}"));
     }
     let mut component = Vec::new();
     let input = std::io::stdin().lock();
@@ -71,15 +84,41 @@ fn fail(message: &str) -> ExitCode {
     ExitCode::FAILURE
 }
 
+/// Becomes the same program with the same input; the limits stay.
+fn again() -> std::io::Error {
+    Command::new("/proc/self/exe")
+        .args(std::env::args_os().skip(1))
+        .env_clear()
+        .env("RAYON_NUM_THREADS", COMPILE_THREADS.to_string())
+        .exec()
+}
+
+/// Whether a limit holds that can never be raised above `limit`.
+fn is_at_most(resource: Resource, limit: u64) -> bool {
+    getrlimit(resource)
+        .maximum
+        .is_some_and(|maximum| maximum <= limit)
+}
+
 fn limit_self() -> rustix::io::Result<()> {
-    let hard = |limit| Rlimit {
-        current: Some(limit),
-        maximum: Some(limit),
+    let limit = |resource, limit| {
+        if is_at_most(resource, limit) {
+            return Ok(());
+        }
+        let limit = Some(limit);
+        setrlimit(
+            resource,
+            Rlimit {
+                current: limit,
+                maximum: limit,
+            },
+        )
     };
-    setrlimit(Resource::As, hard(COMPILE_MEMORY.get()))?;
-    setrlimit(Resource::Cpu, hard(COMPILE_CPU.as_secs()))?;
-    setrlimit(Resource::Core, hard(0))?;
-    setrlimit(Resource::Nproc, hard(COMPILE_THREADS)).or_else(|error| {
+    limit(Resource::As, COMPILE_MEMORY.get())?;
+    limit(Resource::Data, COMPILE_DATA.get())?;
+    limit(Resource::Cpu, COMPILE_CPU.as_secs())?;
+    limit(Resource::Core, 0)?;
+    limit(Resource::Nproc, PROCESSES_MAX).or_else(|error| {
         // Root is not bound by it; for others a failure is no reason to refuse work.
         if error == rustix::io::Errno::INVAL {
             Ok(())
@@ -90,7 +129,7 @@ fn limit_self() -> rustix::io::Result<()> {
 }
 
 /// Threads of the compiler's user. Counted over all processes of that user, hence generous.
-const COMPILE_THREADS: u64 = 4_096;
+const PROCESSES_MAX: u64 = 4_096;
 
 fn compile(bytes: &[u8]) -> Result<Vec<u8>, Refusal> {
     let refuse = |code: &'static str| {

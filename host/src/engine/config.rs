@@ -224,3 +224,9 @@ pub const COMPILE_CPU: Duration = Duration::from_secs(30);
 /// Address space of the compiler child: most of it is threads' stacks and arenas; the largest
 /// honest guest that we know (Python's interpreter, 18 MB) has 0.4 GiB resident.
 pub const COMPILE_MEMORY: Bytes = Bytes::mib(2048);
+/// What of it may be written to. The rest of what is resident is the program's own file, of which
+/// 64 MiB are more than is ever read: together less than 1 GiB.
+pub const COMPILE_DATA: Bytes = Bytes::mib(960);
+/// Threads of the compiler child: each holds a function's intermediate forms, and its stack counts as
+/// memory whether it is touched or not.
+pub const COMPILE_THREADS: usize = 4;

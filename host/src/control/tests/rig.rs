@@ -13,6 +13,7 @@ use tokio::sync::mpsc;
 
 use crate::config::DEFAULT_CEILING;
 use crate::control::{AtEnd, Compiler, ControlConfig, ControlPlane, MachinesConfig, listen, start};
+use crate::machines::network::{NetworkConfig, PortRange};
 use crate::messages::{
     Collected, Command, DataEvent, FromData, LogRecord, Refusal, ToData, UsageDelta,
 };
@@ -159,6 +160,11 @@ impl Rig {
                 program: "/nonexistent".into(),
                 memory_percent: 80,
                 on_emulation: false,
+                network: NetworkConfig {
+                    pool: None,
+                    ports: PortRange::DEFAULT,
+                    opened: Vec::new(),
+                },
                 at_end: AtEnd::Stop,
             },
             seal: Arc::new(move |_, artefact| {
