@@ -75,6 +75,7 @@ const FENCED: [Fenced; 4] = [
         homes: &[
             "host/src/tls.rs",
             "host/src/outbound/tls.rs",
+            "host/src/process/inquest.rs",
             "cli/src/tls.rs",
         ],
     },

@@ -94,8 +94,9 @@ fn changes_are_acknowledged_while_the_data_process_dies() {
     let done = AtomicBool::new(false);
     let services = std::thread::scope(|scope| {
         scope.spawn(|| {
-            // Any instants will do, as long as they are not always the same of a deploy.
-            for pause in (0..).map(|n| 90 + n * 149 % 310) {
+            // Any instants will do, as long as they are not always the same of a deploy; and not for
+            // ever, since a machine that is busy may take longer to be told than till the next.
+            for pause in (0..16).map(|n| 90 + n * 149 % 310) {
                 std::thread::sleep(Duration::from_millis(pause));
                 if done.load(Ordering::Relaxed) {
                     return;

@@ -4,8 +4,10 @@
 //! ```text
 //!  client 0 ── change, change, change … ┐
 //!  client 1 ── change, change, change … ├─ kill -9 ─▶ (start, kill -9) ─▶ start ─▶ compare
-//!  a random instant ────────────────────┘
+//!  (kill -9 of data,) a random instant ─┘
 //! ```
+//!
+//! The data process alone is killed in between, and no client may notice that.
 //!
 //! `INSULA_TEST_KILLS` asks for more than 200 kills; `INSULA_TEST_SEED` for the same choices
 //! again (the instants are the machine's).
@@ -183,13 +185,19 @@ fn what_was_acknowledged_survives_kill_9_at_any_instant() {
             acknowledged: 0,
         })
         .collect();
-    let mut done = 0;
+    let (mut done, mut data_deaths) = (0, 0);
     while done < kills {
         let admin = host.admin();
         std::thread::scope(|scope| {
             for client in &mut clients {
                 let admin = &admin;
                 scope.spawn(move || client.work(admin));
+            }
+            // Control makes good that its data process dies: clients hear nothing of it.
+            while random.below(4) == 0 {
+                std::thread::sleep(instant(&mut random));
+                host.kill_data();
+                data_deaths += 1;
             }
             std::thread::sleep(instant(&mut random));
             host.kill();
@@ -216,7 +224,9 @@ fn what_was_acknowledged_survives_kill_9_at_any_instant() {
         }
     }
     let acknowledged: u64 = clients.iter().map(|client| client.acknowledged).sum();
-    eprintln!("{done} kills, {acknowledged} acknowledged changes, none lost");
+    eprintln!(
+        "{done} kills of control, {data_deaths} of data alone, {acknowledged} acknowledged changes, none lost"
+    );
     assert!(
         acknowledged > kills,
         "{acknowledged}: hardly anything was tested"
