@@ -37,8 +37,9 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use insula_types::volume::VolumeSpec;
 use insula_types::{Bytes, VolumeId};
+use serde::{Deserialize, Serialize};
 
-pub use copy::{clear, has_openat2};
+pub use copy::{can_shut_in, clear, hand_over, has_openat2};
 
 /// What files are counted in.
 pub const BLOCK_BYTES: u64 = 4 << 10;
@@ -56,7 +57,7 @@ pub const fn blocks(size: u64) -> u64 {
 }
 
 /// What something takes.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 pub struct Usage {
     /// Bytes, as they are counted here.
     pub bytes: u64,

@@ -34,4 +34,5 @@ mod streaming;
 mod tampered;
 mod tls;
 mod traffic;
+mod two_processes;
 mod volumes;
