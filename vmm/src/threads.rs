@@ -30,6 +30,10 @@ impl fmt::Display for ThreadKind {
     }
 }
 
+/// No thread of ours recurses. And a stack of two MiB, as it is otherwise, may be given to us as one
+/// large page.
+const STACK_BYTES: usize = 256 << 10;
+
 /// Runs first on each new thread.
 type Hook = dyn Fn(ThreadKind) -> io::Result<()> + Send + Sync;
 
@@ -73,6 +77,7 @@ impl Threads {
         let (tell, hooked) = sync_channel(1);
         let thread = thread::Builder::new()
             .name(kind.to_string())
+            .stack_size(STACK_BYTES)
             .spawn(move || {
                 let outcome = hook(kind);
                 drop(hook);

@@ -12,7 +12,7 @@ pub mod vectors;
 use std::fmt;
 
 use insula_types::Bytes;
-use vm_memory::{GuestAddress, GuestMemoryMmap, GuestUsize};
+use vm_memory::{GuestAddress, GuestMemoryMmap, GuestRegionMmap, GuestUsize};
 
 use crate::layout::{DEVICE_HOLE, HIGH_MEMORY, MEMORY_ABOVE_4G};
 
@@ -108,13 +108,14 @@ pub fn create(size: MemorySize) -> Result<GuestMemory, MemoryError> {
         bytes: size.get(),
         reason,
     };
-    let regions: Result<Vec<_>, _> = size
-        .regions()
-        .into_iter()
-        .map(|(start, bytes)| usize::try_from(bytes).map(|bytes| (start, bytes)))
-        .collect();
-    let regions = regions.map_err(|error| refused(error.to_string()))?;
-    GuestMemory::from_ranges(&regions).map_err(|error| refused(error.to_string()))
+    let mut regions = Vec::new();
+    for (start, bytes) in size.regions() {
+        let bytes = usize::try_from(bytes).map_err(|error| refused(error.to_string()))?;
+        let region = pages::reserve(bytes).map_err(|error| refused(error.to_string()))?;
+        let region = GuestRegionMmap::new(region, start);
+        regions.push(region.ok_or_else(|| refused("it wraps around".to_owned()))?);
+    }
+    GuestMemory::from_regions(regions).map_err(|error| refused(error.to_string()))
 }
 
 #[cfg(test)]

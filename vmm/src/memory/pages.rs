@@ -1,13 +1,63 @@
-//! Giving pages of guest memory back to the host.
+//! Pages of guest memory: large ones where they can be had, and giving them back to the host.
 #![allow(
     unsafe_code,
-    reason = "madvise on a mapping that stays mapped; no crate wraps it for guest memory"
+    reason = "mapping and madvise; no crate wraps them for guest memory"
 )]
 
-use rustix::mm::{Advice, madvise};
-use vm_memory::{GuestAddress, GuestMemoryBackend};
+use std::ffi::c_void;
+use std::io;
+
+use rustix::mm::{Advice, MapFlags, ProtFlags, madvise, mmap_anonymous, munmap};
+use vm_memory::{GuestAddress, GuestMemoryBackend, MmapRegion};
 
 use super::{GuestMemory, PAGE_BYTES};
+
+/// A large page of x86-64. KVM maps guest memory by large pages only where a guest-physical address
+/// and ours are the same in all lower bits, and regions of guests start on one.
+const LARGE_PAGE_BYTES: usize = 2 << 20;
+
+/// Reserves a region, at an address that is good for large pages if that can be had; and asks for
+/// them. Where the host has none, or no such address, pages are small and nothing else differs.
+pub(super) fn reserve(bytes: usize) -> io::Result<MmapRegion> {
+    let region = {
+        let _keeps_off = below_large_page(bytes);
+        MmapRegion::new(bytes).map_err(io::Error::other)?
+    };
+    // SAFETY: all of the region, which was just mapped and nobody uses yet. It may be refused: by a
+    // kernel without large pages.
+    let _ = unsafe { madvise(region.as_ptr().cast(), bytes, Advice::LinuxHugepage) };
+    Ok(region)
+}
+
+/// A mapping that is in the way of others.
+struct InTheWay {
+    at: *mut c_void,
+    bytes: usize,
+}
+
+impl Drop for InTheWay {
+    fn drop(&mut self) {
+        // SAFETY: `below_large_page` mapped it, nobody else knows its address, and it holds nothing.
+        let _ = unsafe { munmap(self.at, self.bytes) };
+    }
+}
+
+/// The kernel puts a new mapping as high as it fits. This looks where that is for so many bytes, and
+/// takes what is too much at the top, so that the next mapping of that length starts on a large
+/// page. Best effort: another thread may map something in between.
+fn below_large_page(bytes: usize) -> Option<InTheWay> {
+    let map = |hint: *mut c_void, bytes: usize| {
+        let flags = MapFlags::PRIVATE | MapFlags::NORESERVE;
+        // SAFETY: a new anonymous mapping, which replaces none: the address is a hint.
+        let at = unsafe { mmap_anonymous(hint, bytes, ProtFlags::empty(), flags) };
+        at.ok().map(|at| InTheWay { at, bytes })
+    };
+    let there = map(std::ptr::null_mut(), bytes)?;
+    let too_much = there.at.addr() % LARGE_PAGE_BYTES;
+    let top = there.at.wrapping_byte_add(bytes.checked_sub(too_much)?);
+    drop(there);
+    (too_much != 0).then(|| map(top, too_much)).flatten()
+}
 
 /// Why pages were not given back.
 #[derive(Debug, thiserror::Error)]
@@ -89,6 +139,19 @@ mod tests {
                 .chain(&seen[0x3000..])
                 .all(|byte| *byte == 7)
         );
+    }
+
+    #[test]
+    fn regions_start_on_large_pages() {
+        // Whatever is mapped beside them, most of the time: nobody promises it.
+        let mut kept = Vec::new();
+        for pages in 0..32 {
+            let bytes = (pages + 3) * 0x10_0000 + pages * 0x3000;
+            kept.push(reserve(bytes).expect("memory"));
+        }
+        let aligned = |region: &&MmapRegion| region.as_ptr().addr() % LARGE_PAGE_BYTES == 0;
+        let count = kept.iter().filter(aligned).count();
+        assert!(count > 24, "{count} of 32");
     }
 
     #[test]
