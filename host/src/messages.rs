@@ -117,7 +117,7 @@ pub struct ServiceIntent {
     /// names only. The service is refused when one with a share cannot be loaded; others are left
     /// out.
     pub versions: Vec<IntendedVersion>,
-    /// The volumes that `spec` mounts, in its order.
+    /// The volumes that `spec` uses, in the order of [`ServiceSpec::used_volumes`].
     pub mounts: Vec<VolumeId>,
 }
 
