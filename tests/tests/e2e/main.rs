@@ -30,6 +30,7 @@ mod roles;
 mod samples;
 mod schema;
 mod specification;
+mod stores;
 mod streaming;
 mod tampered;
 mod tls;
