@@ -24,6 +24,7 @@
 
 mod account;
 mod copy;
+mod pack;
 mod stores;
 #[cfg(test)]
 mod tests;
@@ -42,6 +43,7 @@ use account::{Account, Books, Open};
 
 pub use account::{Full, TenantStorage};
 pub use copy::{clear, has_openat2};
+pub use pack::{Packer, unpack};
 pub use stores::{Page, Store, StoreFault, Write};
 
 /// What files are counted in.

@@ -2,6 +2,7 @@
 //! feature; every test is a sentence that holds.
 
 mod admin;
+mod backups;
 mod bad_bytes;
 mod bombs;
 mod canary;
