@@ -9,6 +9,7 @@ use std::thread::available_parallelism;
 
 use insula_host::config::{DEFAULT_CEILING, DEFAULT_CODE_IDLE, DEFAULT_INSTANCES, HostConfig};
 use insula_host::control::{AtEnd, MachinesConfig};
+use insula_host::machines::network::{NetworkConfig, Pool, PortRange};
 use insula_host::outbound::Network;
 use insula_host::tls::TlsFiles;
 use insula_types::spec::{RequestLimits, is_host_name};
@@ -126,7 +127,7 @@ impl Reader {
     }
 }
 
-const KEYS: [&str; 22] = [
+const KEYS: [&str; 24] = [
     "admin",
     "admin_tls_cert",
     "admin_tls_key",
@@ -139,6 +140,8 @@ const KEYS: [&str; 22] = [
     "listen",
     "log",
     "machine_memory_percent",
+    "machine_network",
+    "machine_ports",
     "machines_on_emulation",
     "max_fuel",
     "max_memory",
@@ -169,6 +172,7 @@ pub(crate) fn resolve(
     let cores = available_parallelism().map_or(1, usize::from);
     let tls = reader.certificate("tls_cert", "tls_key");
     let admin_tls = reader.certificate("admin_tls_cert", "admin_tls_key");
+    let outbound_networks = reader.read_with("outbound_networks", Vec::new(), networks);
     let host = HostConfig {
         data_dir: PathBuf::new(),
         listen: reader.read("listen", socket(DEFAULT_LISTEN)),
@@ -190,7 +194,6 @@ pub(crate) fn resolve(
             let bytes = text.parse::<Bytes>();
             bytes.map(Some).map_err(|error| error.to_string())
         }),
-        outbound_networks: reader.read_with("outbound_networks", Vec::new(), networks),
         code_idle: reader.read("code_idle", DEFAULT_CODE_IDLE),
         drain: reader.read("drain", DEFAULT_DRAIN),
         machines: MachinesConfig {
@@ -201,8 +204,20 @@ pub(crate) fn resolve(
                 |text| number(text, 0, MACHINE_MEMORY_PERCENT_MAX),
             ),
             on_emulation: reader.read("machines_on_emulation", false),
+            network: NetworkConfig {
+                pool: reader.read_with("machine_network", Some(Pool::DEFAULT), |text| {
+                    if text == "none" {
+                        return Ok(None);
+                    }
+                    let pool = text.parse::<Pool>();
+                    pool.map(Some).map_err(|error| error.to_string())
+                }),
+                ports: reader.read("machine_ports", PortRange::DEFAULT),
+                opened: outbound_networks.clone(),
+            },
             at_end: AtEnd::RunOn,
         },
+        outbound_networks,
     };
     if !host.admin.ip().is_loopback() && host.admin_tls.is_none() {
         let place = reader.place("admin");
@@ -296,6 +311,8 @@ fn read_flags(reader: &mut Reader, args: &ServeArgs) {
         ("listen", &args.listen),
         ("log", &args.log),
         ("machine_memory_percent", &args.machine_memory_percent),
+        ("machine_network", &args.machine_network),
+        ("machine_ports", &args.machine_ports),
         ("machines_on_emulation", &on_emulation),
         ("max_fuel", &args.max_fuel),
         ("max_memory", &args.max_memory),

@@ -90,6 +90,7 @@ pub(crate) fn run(args: &DoctorArgs) -> Result<ExitCode> {
         swap(&text("/proc/swaps")),
         cgroups(Path::new("/sys/fs/cgroup")),
         kvm(&insula_host::machines::probe()),
+        network(insula_host::machines::network::probe()),
         toolchain(),
     ];
     match args.output {
@@ -281,7 +282,7 @@ fn swap(swaps: &str) -> Check {
 fn cgroups(root: &Path) -> Check {
     const NAME: &str = "cgroups";
     const WANTED: [&str; 3] = ["cpu", "memory", "pids"];
-    const MEND: &str = "needed by full guests only, which this version does not run yet";
+    const MEND: &str = "for full guests only: without, they run without that bound";
     let unified = fs::read_to_string(root.join("cgroup.controllers")).unwrap_or_default();
     let unified: Vec<&str> = unified.split_whitespace().collect();
     let (version, has): (_, Vec<&str>) = if WANTED.iter().all(|name| unified.contains(name)) {
@@ -314,6 +315,21 @@ fn kvm(support: &Support) -> Check {
             State::Warning,
             format_args!("absent: {support}"),
             "for full guests: `modprobe kvm_intel` or `kvm_amd`, and membership in `kvm`",
+        ),
+    }
+}
+
+/// By giving a network to nobody, where nobody is.
+fn network(probed: Result<(), String>) -> Check {
+    const NAME: &str = "machine network";
+    match probed {
+        Ok(()) => Check::good(NAME, "taps and nftables"),
+        Err(why) => Check::bad(
+            NAME,
+            State::Warning,
+            format_args!("none: {why}"),
+            "for networks of full guests: run as root, `apt install nftables`, `modprobe tun`; \
+             without, they run without network",
         ),
     }
 }

@@ -6,7 +6,9 @@ use anyhow::{Context, Result};
 use insula_types::ImageName;
 use serde_json::{Value, json};
 
-use crate::args::{ImagesVerb, Look, MachinePatch, MachineRef, MachinesVerb, OneMachine};
+use crate::args::{
+    ImagesVerb, Look, MachinePatch, MachineRef, MachinesVerb, NetArg, OneMachine, PortArg,
+};
 use crate::client::Client;
 use crate::output::{self, Field, Kind};
 use crate::resources::{list, put, show};
@@ -33,6 +35,8 @@ const MACHINE: &[Field] = &[
     Field::new("kernel", &["/kernel"], Kind::Plain),
     Field::new("initrd", &["/initrd"], Kind::Plain),
     Field::new("cmdline", &["/cmdline"], Kind::Plain),
+    Field::new("address", &["/network/address"], Kind::Plain),
+    Field::new("no network", &["/network/missing"], Kind::Plain),
     Field::new("cpu seconds", &["/used/cpu_seconds"], Kind::Plain),
     Field::new("read from disks", &["/used/disk_read_bytes"], Kind::Bytes),
     Field::new(
@@ -127,6 +131,7 @@ async fn act(machine: &MachineRef, verb: &str, look: &Look) -> Result<()> {
 
 impl MachinePatch {
     fn apply(&self, mut spec: Value) -> Result<Value> {
+        let connected = !spec["net"].is_null();
         let mut set = |key: &str, canonical: &str, value: Option<Value>| {
             if let (Some(value), Some(object)) = (value, spec.as_object_mut()) {
                 object.remove(canonical);
@@ -146,6 +151,21 @@ impl MachinePatch {
         });
         let disks: Vec<Value> = disks.collect();
         set("disks", "disks", (!disks.is_empty()).then(|| disks.into()));
+        let ports: Vec<_> = self.ports.iter().map(|PortArg(port)| port).collect();
+        match self.net {
+            Some(NetArg::Off) if ports.is_empty() => set("net", "net", Some(Value::Null)),
+            Some(NetArg::Off) => {
+                let why = "a port leads nowhere with --net off";
+                return Err(UsageError(why.to_owned()).into());
+            }
+            None if ports.is_empty() => {}
+            Some(NetArg::On) if ports.is_empty() => {
+                if !connected {
+                    set("net", "net", Some(json!({})));
+                }
+            }
+            _ => set("net", "net", Some(json!({"ports": ports}))),
+        }
         if let Some(shares) = self.cpu_shares {
             spec["cpu"]["shares"] = json!(shares);
         }
@@ -191,6 +211,8 @@ mod tests {
             disks: vec!["root:rw".parse().unwrap()],
             vcpus: Some(2),
             memory: Some(insula_types::Bytes::mib(512)),
+            net: None,
+            ports: vec!["20022:22".parse().unwrap()],
             cpu_shares: None,
             cpu_limit: Some("1500m".parse().unwrap()),
         }
@@ -202,6 +224,7 @@ mod tests {
         let spec: insula_types::MachineSpec = serde_json::from_value(spec).unwrap();
         assert_eq!((spec.vcpus, spec.memory.get()), (2, 512 << 20));
         assert_eq!(spec.disks.len(), 1);
+        assert_eq!(spec.net.unwrap().ports.len(), 1);
         assert_eq!(spec.cpu.limit.map(|limit| limit.get()), Some(1_500));
     }
 
@@ -213,6 +236,8 @@ mod tests {
         let change = MachinePatch {
             kernel: None,
             disks: Vec::new(),
+            net: Some(NetArg::On),
+            ports: Vec::new(),
             vcpus: None,
             memory: Some(insula_types::Bytes::mib(64)),
             cpu_limit: None,
@@ -221,7 +246,16 @@ mod tests {
         let changed = change.apply(shown).unwrap();
         let changed: insula_types::MachineSpec = serde_json::from_value(changed).unwrap();
         assert_eq!((changed.vcpus, changed.memory.get()), (2, 64 << 20));
-        assert_eq!((changed.disks, changed.cpu), (spec.disks, spec.cpu));
+        assert_eq!((&changed.disks, changed.cpu), (&spec.disks, spec.cpu));
+        assert_eq!(changed.net, spec.net);
+        let off = MachinePatch {
+            net: Some(NetArg::Off),
+            ports: Vec::new(),
+            ..patch()
+        };
+        let changed = off.apply(serde_json::to_value(&changed).unwrap()).unwrap();
+        let changed: insula_types::MachineSpec = serde_json::from_value(changed).unwrap();
+        assert_eq!(changed.net, None);
     }
 
     #[test]

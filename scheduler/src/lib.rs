@@ -28,6 +28,7 @@
 #![forbid(unsafe_code)]
 
 mod account;
+mod aside;
 mod config;
 mod error;
 mod heap;
@@ -41,6 +42,7 @@ mod units;
 mod view;
 
 pub use account::{Account, Totals};
+pub use aside::Aside;
 pub use config::{Config, ConfigError, Params, WORKERS_MAX};
 pub use error::{
     AddError, ChargeError, EnqueueError, NoSuchWorker, ParamsError, PickError, SetError,

@@ -232,7 +232,7 @@ impl Scheduler {
         let now = self.now;
         let entry = self.tenants.get_mut(slot);
         entry.settle(now);
-        if entry.queue.len() == 0 && entry.running == 0 {
+        if entry.is_asleep() {
             // It slept: neither its share (SFQ) nor a reservation
             // (mClock) is saved up.
             entry.start = entry.start.max(self.virtual_time);

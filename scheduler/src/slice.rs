@@ -12,11 +12,11 @@ use crate::units::{JobId, Nanos, TenantId, WorkerId};
 
 /// How far, in quanta, slices picked by reservation may push the start tag
 /// beyond virtual time. See [`Scheduler::pick`].
-const RESERVATION_DEBT_QUANTA: u64 = 16;
+pub(crate) const RESERVATION_DEBT_QUANTA: u64 = 16;
 
 /// The least charge to a tag, so that slices which a coarse clock measured as
 /// nothing cannot stop virtual time.
-const LEAST_CHARGE: Nanos = Nanos::from_nanos(1);
+pub(crate) const LEAST_CHARGE: Nanos = Nanos::from_nanos(1);
 
 /// A running slice.
 #[derive(Clone, Copy, Debug)]
@@ -232,11 +232,7 @@ impl Scheduler {
         if vacant {
             self.tenants.release(slice.slot);
         }
-        if self.queued == 0 && self.running == 0 {
-            // The end of a busy period: a clean slate (SFQ, SIGCOMM 1996).
-            // Nobody was kept waiting by past service.
-            self.virtual_time = self.virtual_time.max(self.last_finish);
-        }
+        self.end_busy_period();
         Ok(Charged {
             tenant: id,
             job: slice.job,
@@ -247,6 +243,14 @@ impl Scheduler {
 }
 
 impl Scheduler {
+    /// At the end of a busy period, a clean slate (SFQ, SIGCOMM 1996): nobody
+    /// was kept waiting by past service.
+    pub(crate) fn end_busy_period(&mut self) {
+        if self.queued == 0 && self.running == 0 {
+            self.virtual_time = self.virtual_time.max(self.last_finish);
+        }
+    }
+
     fn requeue(&mut self, slice: &Slice, lane: Lane) -> Fate {
         let tenant = self.tenants.get_mut(slice.slot);
         tenant

@@ -97,6 +97,11 @@ impl Tenant {
         self.settled = self.settled.max(now);
     }
 
+    /// It has no job, queued or running.
+    pub(crate) fn is_asleep(&self) -> bool {
+        self.queue.len() == 0 && self.running == 0
+    }
+
     pub(crate) fn note_slice(&mut self, used: Nanos, reserved: bool) {
         self.account.charged = self.account.charged.saturating_add(used);
         self.account.slices += 1;

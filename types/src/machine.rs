@@ -1,5 +1,8 @@
 //! What a caller asks of a machine: processors, memory, what it boots, its disks.
 
+use std::collections::BTreeSet;
+use std::num::NonZeroU16;
+
 use serde::{Deserialize, Serialize};
 
 use crate::name::ImageName;
@@ -10,6 +13,8 @@ use crate::spec::{CpuEnvelope, RawCpu, SpecErrors};
 pub const VCPUS_MAX: u8 = 32;
 /// Disks of one machine, at most: what interrupt lines are left beside the other devices.
 pub const DISKS_MAX: usize = 12;
+/// Ports that lead to one machine, at most.
+pub const PORTS_MAX: usize = 64;
 /// Memory comes in whole pages.
 const PAGE_BYTES: u64 = 4096;
 /// Smaller than any kernel that boots.
@@ -42,6 +47,65 @@ pub struct MachineDisk {
     pub size: Option<Bytes>,
 }
 
+/// What a forwarded port speaks.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Default, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Protocol {
+    /// TCP.
+    #[default]
+    Tcp,
+    /// UDP.
+    Udp,
+}
+
+impl Protocol {
+    /// Its name.
+    #[must_use]
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Tcp => "tcp",
+            Self::Udp => "udp",
+        }
+    }
+}
+
+/// A port of the host's that leads to one of the machine's.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct PortForward {
+    /// What is spoken there.
+    #[serde(default)]
+    pub protocol: Protocol,
+    /// The host's port.
+    pub host: NonZeroU16,
+    /// The machine's port.
+    pub machine: NonZeroU16,
+}
+
+/// A machine's network: an address of its own, the way out, and the ports that lead in.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct MachineNet {
+    /// Ports that lead in.
+    #[serde(default)]
+    pub ports: Vec<PortForward>,
+}
+
+impl MachineNet {
+    fn check(&self, errors: &mut SpecErrors) {
+        if self.ports.len() > PORTS_MAX {
+            errors.push("net.ports", format_args!("are at most {PORTS_MAX}"));
+        }
+        let mut seen = BTreeSet::new();
+        for (number, port) in self.ports.iter().enumerate() {
+            if !seen.insert((port.protocol, port.host)) {
+                let path = format!("net.ports[{number}].host");
+                errors.push(&path, "leads in already, by another entry");
+            }
+        }
+    }
+}
+
 /// A machine as it was asked for.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(try_from = "RawMachineSpec")]
@@ -61,6 +125,8 @@ pub struct MachineSpec {
     pub cmdline: String,
     /// In the order in which the guest finds them.
     pub disks: Vec<MachineDisk>,
+    /// Its network; none when left out.
+    pub net: Option<MachineNet>,
 }
 
 #[derive(Deserialize)]
@@ -85,6 +151,7 @@ struct RawMachineSpec {
     cmdline: Option<String>,
     #[serde(default)]
     disks: Vec<RawDisk>,
+    net: Option<MachineNet>,
 }
 
 impl TryFrom<RawMachineSpec> for MachineSpec {
@@ -133,6 +200,9 @@ impl TryFrom<RawMachineSpec> for MachineSpec {
             });
         }
         let cpu = raw.cpu.check(&mut errors);
+        if let Some(net) = &raw.net {
+            net.check(&mut errors);
+        }
         errors.into_result(Self {
             vcpus,
             memory,
@@ -141,6 +211,7 @@ impl TryFrom<RawMachineSpec> for MachineSpec {
             initrd: raw.initrd,
             cmdline,
             disks,
+            net: raw.net,
         })
     }
 }
@@ -159,13 +230,16 @@ mod tests {
         assert_eq!((spec.vcpus, spec.memory), (1, Bytes::mib(256)));
         assert_eq!(spec.cmdline, COMMAND_LINE);
         assert!(spec.disks.is_empty() && spec.initrd.is_none());
+        assert_eq!(spec.net, None);
     }
 
     #[test]
     fn what_is_printed_can_be_read_again() {
         let text = r#"{"vcpus":4,"memory":"1GiB","cpu":{"limit":"1500m","shares":"low"},
             "kernel":"debian-6-1","initrd":"ramdisk","cmdline":"root=/dev/vda",
-            "disks":[{"image":"root","mode":"rw","size":"4GiB"},{"image":"tools"}]}"#;
+            "disks":[{"image":"root","mode":"rw","size":"4GiB"},{"image":"tools"}],
+            "net":{"ports":[{"host":20022,"machine":22},
+                            {"protocol":"udp","host":20022,"machine":53}]}}"#;
         let spec = parse(text).expect("a spec");
         let printed = serde_json::to_string(&spec).expect("prints");
         assert!(
@@ -180,7 +254,8 @@ mod tests {
         let disks = r#"{"image":"a","size":"1GiB"},"#.repeat(13);
         let text = format!(
             r#"{{"vcpus":33,"memory":4097,"kernel":"k","cmdline":"\u0007",
-               "cpu":{{"reservation":2,"limit":1}},"disks":[{}]}}"#,
+               "cpu":{{"reservation":2,"limit":1}},"disks":[{}],
+               "net":{{"ports":[{{"host":9,"machine":1}},{{"host":9,"machine":2}}]}}}}"#,
             disks.trim_end_matches(',')
         );
         let mistakes = parse(&text).expect_err("wrong").to_string();
@@ -191,10 +266,16 @@ mod tests {
             "cpu.reservation",
             "disks:",
             "disks[3]",
+            "net.ports[1].host",
         ] {
             assert!(mistakes.contains(word), "{word}: {mistakes}");
         }
         assert!(parse(r#"{"kernel":"k","colour":"blue"}"#).is_err());
         assert!(parse(r#"{"vcpus":1}"#).is_err());
+        let port = |port: &str| parse(&format!(r#"{{"kernel":"k","net":{{"ports":[{port}]}}}}"#));
+        assert!(port(r#"{"host":1,"machine":1}"#).is_ok());
+        assert!(port(r#"{"host":0,"machine":1}"#).is_err());
+        assert!(port(r#"{"host":65536,"machine":1}"#).is_err());
+        assert!(port(r#"{"host":1,"machine":1,"protocol":"sctp"}"#).is_err());
     }
 }

@@ -3,7 +3,8 @@
 use std::path::PathBuf;
 use std::str::FromStr;
 
-use clap::{Args, Subcommand};
+use clap::{Args, Subcommand, ValueEnum};
+use insula_types::machine::{PortForward, Protocol};
 use insula_types::{Bytes, ImageName, MachineName, Millicores, Shares, TenantName};
 
 use super::{Connection, Look};
@@ -82,6 +83,37 @@ impl FromStr for DiskArg {
     }
 }
 
+/// Whether it has a network.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum NetArg {
+    On,
+    Off,
+}
+
+/// `HOST:MACHINE[/udp]`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct PortArg(pub(crate) PortForward);
+
+impl FromStr for PortArg {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let (ports, protocol) = match text.split_once('/') {
+            None | Some((_, "tcp")) => (text.trim_end_matches("/tcp"), Protocol::Tcp),
+            Some((ports, "udp")) => (ports, Protocol::Udp),
+            Some((_, other)) => return Err(format!("a port is tcp or udp, not {other:?}")),
+        };
+        let split = ports.split_once(':');
+        let (host, machine) = split.ok_or_else(|| "write it as HOST:MACHINE".to_owned())?;
+        let port = |text: &str| text.parse().map_err(|_| format!("{text:?} is no port"));
+        Ok(Self(PortForward {
+            protocol,
+            host: port(host)?,
+            machine: port(machine)?,
+        }))
+    }
+}
+
 /// What a machine is to be; what is left out keeps its value, or gets its default.
 #[derive(Debug, Args)]
 pub(crate) struct MachinePatch {
@@ -103,6 +135,12 @@ pub(crate) struct MachinePatch {
     /// Memory [default: 256MiB]
     #[arg(long, value_name = "BYTES")]
     pub(crate) memory: Option<Bytes>,
+    /// Its network: an address of its own, and a way out [default: off]
+    #[arg(long, value_name = "on|off")]
+    pub(crate) net: Option<NetArg>,
+    /// A port of the host's that leads in, such as 20022:22 or 20053:53/udp; repeat it for more
+    #[arg(long = "port", value_name = "HOST:MACHINE[/udp]")]
+    pub(crate) ports: Vec<PortArg>,
     /// Weight against the tenant's other machines
     #[arg(long, value_name = "SHARES")]
     pub(crate) cpu_shares: Option<Shares>,
@@ -232,6 +270,18 @@ mod tests {
         assert!(!disk("tools").unwrap().writable && !disk("tools:ro").unwrap().writable);
         for bad in ["", ":rw", "root:x", "root:rw:much", "Root"] {
             assert!(disk(bad).is_err(), "{bad:?}");
+        }
+    }
+
+    #[test]
+    fn ports_are_written_in_one_word() {
+        let port = |text: &str| text.parse::<PortArg>().map(|PortArg(port)| port);
+        let ssh = port("20022:22").unwrap();
+        assert_eq!((ssh.host.get(), ssh.machine.get()), (20_022, 22));
+        assert_eq!(port("20022:22/tcp").unwrap(), ssh);
+        assert_eq!(port("1:53/udp").unwrap().protocol, Protocol::Udp);
+        for bad in ["", "22", "0:22", "1:", "1:70000", "1:2/sctp", "1:2:3"] {
+            assert!(port(bad).is_err(), "{bad:?}");
         }
     }
 

@@ -72,7 +72,7 @@ pub(crate) struct ServeArgs {
     /// The largest request body of any service [default: 1GiB]
     #[arg(long, env = "INSULA_MAX_REQUEST_BODY", value_name = "BYTES")]
     pub(crate) max_request_body: Option<String>,
-    /// Networks beside the Internet that guests may send requests to, such as 10.1.0.0/16,fd00::/8
+    /// Networks beside the Internet that guests may reach, such as 10.1.0.0/16,fd00::/8
     /// [default: none]
     #[arg(long, env = "INSULA_OUTBOUND_NETWORKS", value_name = "CIDR,…")]
     pub(crate) outbound_networks: Option<String>,
@@ -80,6 +80,13 @@ pub(crate) struct ServeArgs {
     /// than 100 promises what is not there [default: 80]
     #[arg(long, env = "INSULA_MACHINE_MEMORY_PERCENT", value_name = "PERCENT")]
     pub(crate) machine_memory_percent: Option<String>,
+    /// The addresses of machines that have a network, or none for no networks
+    /// [default: 10.199.0.0/16]
+    #[arg(long, env = "INSULA_MACHINE_NETWORK", value_name = "CIDR")]
+    pub(crate) machine_network: Option<String>,
+    /// The host's ports that may lead to machines [default: 20000-29999]
+    #[arg(long, env = "INSULA_MACHINE_PORTS", value_name = "FIRST-LAST")]
+    pub(crate) machine_ports: Option<String>,
     /// Start machines also where KVM emulates every instruction: nothing but tests runs there
     #[arg(
         long,

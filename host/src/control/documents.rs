@@ -6,6 +6,7 @@ use serde_json::{Map, Value, json};
 
 use super::Control;
 use crate::machines::book::Entry;
+use crate::machines::network::Network;
 use crate::state::machines::{Image, Machine, MachineTotals};
 use crate::state::{
     Access, AddedVersion, Scope, Service, Tenant, Token, UsageTotals, Version, Volume,
@@ -45,6 +46,7 @@ pub(super) const MACHINE_READ_ONLY: &[&str] = &[
     "monitor_pid",
     "snapshot_at",
     "digests",
+    "network",
     "used",
 ];
 
@@ -104,11 +106,20 @@ pub(super) fn volume(volume: &Volume, used: Option<Usage>) -> Value {
 }
 
 /// A machine, with what it does now.
-pub(super) fn machine(machine: &Machine, entry: Option<&Entry>) -> Value {
+pub(super) fn machine(machine: &Machine, entry: Option<&Entry>, network: &Network) -> Value {
     let mut document = machine_record(machine);
     let state = entry.map_or_else(|| machine.life.clone(), Entry::state);
     document["state"] = state.word().into();
     document["monitor_pid"] = json!(state.monitor().map(MonitorPid::get));
+    document["network"] = match (&machine.spec.net, network.missing()) {
+        (None, _) => Value::Null,
+        (Some(_), Some(why)) => json!({"missing": why}),
+        (Some(_), None) => json!(network.wire(machine.id).map(|wire| json!({
+            "address": wire.machine(),
+            "gateway": wire.gateway(),
+            "mac": wire.mac(),
+        }))),
+    };
     if let State::Failed { failure } = &state {
         document["reason"] = failure.to_string().into();
     }
@@ -121,6 +132,8 @@ pub(super) fn machine(machine: &Machine, entry: Option<&Entry>) -> Value {
             "disk_read_bytes": used.disk_read_bytes,
             "disk_written_bytes": used.disk_written_bytes,
             "resident_bytes": entry.last().map(|last| last.times.resident_bytes),
+            "net_received_bytes": used.net_received_bytes,
+            "net_sent_bytes": used.net_sent_bytes,
             "stored_bytes": entry.last().map(|last| last.stored_bytes),
         });
     }

@@ -64,6 +64,7 @@ codes! {
     OtherMachine = 409 "other_machine" "The snapshot is of a machine of another kind";
     HasMachines = 409 "has_machines" "The tenant still has machines";
     TenantMemory = 409 "tenant_memory" "The tenant has no memory left for this machine";
+    PortTaken = 409 "port_taken" "The port cannot lead to this machine";
     InProgress = 409 "idempotency_in_progress" "The same request is being worked on";
     PreconditionFailed = 412 "precondition_failed" "Somebody else was faster";
     TooLarge = 413 "too_large" "The body is too large";

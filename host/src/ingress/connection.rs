@@ -36,6 +36,8 @@ const NO_ADDRESS: HeaderValue = HeaderValue::from_static("unknown");
 const CONNECTIONS_MAX: usize = 20_000;
 /// Pause after the kernel refused a connection for want of descriptors or memory.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(20);
+/// Connections accepted before others come in turn; some ten microseconds each.
+const ACCEPTED_AT_ONCE: u64 = 16;
 /// Buffer of an HTTP/1.1 head: more than the guard lets through, so that the guard answers first.
 const HEAD_BUFFER: usize = 40 << 10;
 /// Fields of one head.
@@ -143,6 +145,17 @@ impl Ingress {
         self: Arc<Self>,
         listener: std::net::TcpListener,
         worker: WorkerId,
+        phase: watch::Receiver<Phase>,
+    ) {
+        let pool = Arc::clone(&self.pool);
+        let accepting = Box::pin(self.accept_all(listener, worker, phase));
+        Billed::connection(pool, accepting).await;
+    }
+
+    async fn accept_all(
+        self: Arc<Self>,
+        listener: std::net::TcpListener,
+        worker: WorkerId,
         mut phase: watch::Receiver<Phase>,
     ) {
         let listener = match TcpListener::from_std(listener) {
@@ -162,7 +175,10 @@ impl Ingress {
         let Some(mut inbox) = { inbox }.take() else {
             return;
         };
-        loop {
+        for accepted in 1_u64.. {
+            if accepted.is_multiple_of(ACCEPTED_AT_ONCE) {
+                tokio::task::yield_now().await;
+            }
             // Both are cancel-safe: a connection is either taken or still where it was.
             let accepted = tokio::select! {
                 accepted = listener.accept() => accepted,

@@ -11,6 +11,7 @@
 //! * [`book`]: every machine's life, and what control does with it
 //! * [`runner`]: the thread that speaks with a monitor
 //! * [`start`], [`place`], [`cgroups`]: what a monitor is born into
+//! * [`network`]: what connects it with the rest
 //! * [`saved`]: its snapshot, sealed
 //! * [`times`]: what it uses
 //!
@@ -21,6 +22,7 @@ use std::process::ExitCode;
 
 pub(crate) mod book;
 pub(crate) mod cgroups;
+pub mod network;
 pub(crate) mod place;
 pub(crate) mod runner;
 pub(crate) mod saved;

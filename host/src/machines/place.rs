@@ -5,6 +5,7 @@
 //!                      control        the socket on which it listens
 //!                      vsock          the socket that leads to the guest's sockets
 //!                      record         why it ended
+//!                      network        its address, and the ports that led to it last
 //!                      log            what it said, the last two times
 //!                      disk-<n>       what the guest wrote, over the image
 //!                      saved/         its last snapshot
@@ -31,6 +32,7 @@ use super::saved;
 
 const SOCKET: &str = "control";
 const RECORD: &str = "record";
+const LEASE: &str = "network";
 const LOG: &str = "log";
 const LOG_BEFORE: &str = "log.before";
 /// A record is a sentence; what is longer is none.
@@ -166,6 +168,11 @@ impl Place {
             .create(true)
             .truncate(false)
             .open(self.path.join(saved::overlay(number)))
+    }
+
+    /// Where its address is written down.
+    pub(super) fn lease(&self) -> PathBuf {
+        self.path.join(LEASE)
     }
 
     /// Bytes that its files take on the host's disk.

@@ -30,6 +30,7 @@ use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 use tokio::sync::{mpsc, oneshot};
 
 use super::cgroups::Groups;
+use super::network::Network;
 use super::place::Place;
 use super::start::{self, Plan};
 use super::times::{self, Times};
@@ -107,6 +108,7 @@ pub(crate) struct Whose {
     pub(crate) memory: Bytes,
     pub(crate) place: Place,
     pub(crate) groups: Arc<Groups>,
+    pub(crate) network: Arc<Network>,
 }
 
 /// How a runner comes to its monitor.
@@ -130,6 +132,7 @@ impl Runner {
                 let machine = whose.machine;
                 let ended = life(&whose, origin, &asked, &woken, &tells);
                 if let Some(ended) = ended {
+                    whose.network.detach(machine);
                     // Control is gone only when the host ends.
                     let _ = tells.send((machine, Tell::Ended(ended)));
                 }

@@ -73,6 +73,8 @@ pub(crate) struct Shape {
     vcpus: u8,
     memory: Bytes,
     disks: Vec<(Digest, DiskMode, Option<Bytes>)>,
+    #[serde(default)]
+    net: bool,
 }
 
 impl Shape {
@@ -85,6 +87,7 @@ impl Shape {
             disks: disks
                 .map(|(digest, disk)| (*digest, disk.mode, disk.size))
                 .collect(),
+            net: machine.spec.net.is_some(),
         }
     }
 
@@ -351,6 +354,7 @@ mod tests {
                 (Digest::new([1; 32]), DiskMode::Ro, None),
                 (Digest::new([2; 32]), DiskMode::Rw, None),
             ],
+            net: true,
         }
     }
 

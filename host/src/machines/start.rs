@@ -9,13 +9,16 @@ use std::process::Child;
 use std::time::Duration;
 
 use insula_types::machine::DiskMode;
-use insula_types::{Digest, MachineId, MachineSpec};
-use insula_vmm::monitor::description::{DiskDescription, MachineDescription, Origin, Writes};
+use insula_types::{Digest, MachineId, MachineName, MachineSpec};
+use insula_vmm::monitor::description::{
+    DiskDescription, MachineDescription, NetDescription, Origin, Writes,
+};
 use insula_vmm::monitor::launch::{self, Orders, Walls};
 use insula_vmm::monitor::protocol::Request;
 use insula_vmm::monitor::wire::{Outgoing, SlotError};
 use insula_vmm::monitor::{CallError, Client};
 
+use super::network::{Attached, NetworkError, Wire};
 use super::runner::Whose;
 
 /// The verb with which the program becomes a monitor.
@@ -29,7 +32,7 @@ const FIRST_USER: u32 = 0x7000_0000;
 const USERS: u64 = 0x0f00_0000;
 /// Beside one for each vCPU and device: the first one, the console's, and two to spare.
 const THREADS_BESIDE: u64 = 4;
-const DEVICES_BESIDE_DISKS: u64 = 3;
+const DEVICES_BESIDE_DISKS: u64 = 4;
 /// Descriptors for each thread: its events, its files, its line.
 const DESCRIPTORS_EACH: u64 = 8;
 const DESCRIPTORS_BESIDE: u64 = 64;
@@ -61,6 +64,8 @@ pub(crate) enum Begin {
 pub(crate) struct Plan {
     pub(crate) program: PathBuf,
     pub(crate) spec: MachineSpec,
+    /// What its guest may call itself.
+    pub(crate) name: MachineName,
     pub(crate) begin: Begin,
     /// One for each of the spec's.
     pub(crate) disks: Vec<OpenImage>,
@@ -79,6 +84,8 @@ pub(crate) enum StartError {
     Kvm(io::Error),
     #[error("opening its disk {number}: {source}")]
     Disk { number: usize, source: io::Error },
+    #[error("its network: {0}")]
+    Network(#[from] NetworkError),
     #[error(transparent)]
     Slot(#[from] SlotError),
     #[error(transparent)]
@@ -89,6 +96,19 @@ impl Plan {
     fn threads(&self) -> u64 {
         let disks = self.disks.len() as u64;
         u64::from(self.spec.vcpus) + disks + DEVICES_BESIDE_DISKS + THREADS_BESIDE
+    }
+
+    /// What the kernel is told, with its address, where its owner says nothing about that.
+    fn command_line(&self, wire: Option<Wire>) -> String {
+        let mut line = self.spec.cmdline.clone();
+        let says = line.split(' ').any(|word| word.starts_with("ip="));
+        if let Some(wire) = wire
+            && !says
+        {
+            line.push(' ');
+            line.push_str(&wire.kernel_argument(self.name.as_str()));
+        }
+        line
     }
 
     fn orders(&self, whose: &Whose, cgroups: Vec<PathBuf>) -> Orders {
@@ -153,6 +173,10 @@ pub(super) fn tell(whose: &Whose, client: &Client, plan: Plan) -> Result<(), Sta
         };
         overlays.push(overlay);
     }
+    let attached = match &plan.spec.net {
+        None => None,
+        Some(net) => whose.network.attach(whose.machine, &whose.place, net)?,
+    };
     let vsock = whose.place.vsock().map_err(StartError::Place)?;
     let mut with = Outgoing::default();
     let mut disks = Vec::new();
@@ -181,18 +205,27 @@ pub(super) fn tell(whose: &Whose, client: &Client, plan: Plan) -> Result<(), Sta
                 Some(image) => Some(with.add(image.file.as_fd())?),
                 None => None,
             },
-            command_line: plan.spec.cmdline.clone(),
+            command_line: plan.command_line(attached.as_ref().map(|attached| attached.wire)),
         },
         Begin::Saved { state, memory } => Origin::Snapshot {
             state: with.add(state.as_fd())?,
             memory: with.add(memory.as_fd())?,
         },
     };
+    let net = match &attached {
+        None => None,
+        Some(Attached { tap, wire }) => Some(NetDescription {
+            tap: with.add(tap.as_fd())?,
+            mac: wire.mac(),
+            ipv4: wire.machine(),
+        }),
+    };
     let machine = MachineDescription {
         kvm: with.add(kvm.as_fd())?,
         origin,
         disks,
         vsock: Some(with.add(vsock.as_fd())?),
+        net,
     };
     let machine = Box::new(machine);
     client.order(&Request::Start { machine }, &with, START_PATIENCE)?;

@@ -87,6 +87,11 @@ const CLOSED_V6: [Network; 4] = [
 /// NAT64's well-known prefix (RFC 6052, 2.1).
 const NAT64: Network = v6([0x64, 0xff9b, 0, 0], 96);
 
+/// What of IPv4 is not of the Internet.
+pub(crate) fn closed_v4() -> impl Iterator<Item = Network> {
+    CLOSED_V4.into_iter()
+}
+
 fn bits(address: IpAddr) -> (u128, u8) {
     match address {
         IpAddr::V4(address) => (u128::from(address.to_bits()), 32),
@@ -95,6 +100,11 @@ fn bits(address: IpAddr) -> (u128, u8) {
 }
 
 impl Network {
+    /// Its first address, and the length of its prefix.
+    pub(crate) const fn parts(&self) -> (IpAddr, u8) {
+        (self.base, self.prefix)
+    }
+
     /// Whether an address is of it. A v4-mapped address is none of an IPv4 network.
     #[must_use]
     pub fn contains(&self, address: IpAddr) -> bool {

@@ -28,6 +28,7 @@ use std::sync::Arc;
 
 use insula_types::outbound::{Destination, OutboundRule};
 
+pub(crate) use address::closed_v4;
 pub use address::{AddressPolicy, Network, NetworkError};
 pub use body::BODY_MAX_BYTES;
 pub use place::Places;

@@ -16,6 +16,7 @@ use insula_types::Outcome;
 use tokio::runtime::Handle;
 
 use super::clock::Stopwatch;
+use super::connections::{Connections, Left};
 use super::deadlines::TICK;
 use super::dispatcher::{Pool, lock};
 use super::exchange::Exchange;
@@ -29,9 +30,9 @@ const BATCH: Duration = Duration::from_micros(250);
 const LOAN: Duration = Duration::from_millis(2);
 
 /// A worker's own state, kept between batches.
-struct WorkerState {
-    id: WorkerId,
-    watch: Stopwatch,
+pub(super) struct WorkerState {
+    pub(super) id: WorkerId,
+    pub(super) watch: Stopwatch,
     next_sweep: Instant,
     /// The thread may have slept since the last boundary.
     slept: bool,
@@ -39,6 +40,7 @@ struct WorkerState {
     loan: Option<Loan>,
     /// The runner that had it last; perhaps in the middle of a slice.
     runner: Option<Arc<Ticket>>,
+    pub(super) connections: Connections,
 }
 
 /// What a worker does with its core for the slice that it picked.
@@ -61,7 +63,7 @@ thread_local! {
 
 /// Gives a worker's own thread its state. `None` on other threads, and while a guest of this
 /// worker is being polled.
-fn with_worker<T>(use_it: impl FnOnce(&mut WorkerState) -> T) -> Option<T> {
+pub(super) fn with_worker<T>(use_it: impl FnOnce(&mut WorkerState) -> T) -> Option<T> {
     WORKER.with(|worker| worker.try_borrow_mut().ok()?.as_mut().map(use_it))
 }
 
@@ -101,6 +103,7 @@ impl Pool {
             slept: true,
             loan: None,
             runner: None,
+            connections: Connections::default(),
         };
         WORKER.with(|worker| worker.replace(Some(state)));
     }
@@ -142,26 +145,27 @@ impl Pool {
     }
 
     /// Brings the worker's books up to date: all since the last boundary was the host's.
-    fn settle_host_time(&self, worker: &mut WorkerState) -> Instant {
+    pub(super) fn settle_host_time(&self, worker: &mut WorkerState) -> Instant {
         let (now, ns) = if std::mem::take(&mut worker.slept) {
             let now = Instant::now();
             (now, worker.watch.read(now))
         } else {
             worker.watch.lap()
         };
-        let host = &self.workers[worker.id.index()].host_ns;
-        host.fetch_add(ns, Ordering::Relaxed);
+        self.add_host_ns(worker.id, ns);
         now
     }
 
-    /// A connection's task is about to be polled: what the worker did until now was for the host.
-    pub(crate) fn begin_billed(&self) {
-        with_worker(|worker| self.settle_host_time(worker));
+    /// As [`Self::settle_host_time`], where the thread has not slept. Says how much it was.
+    pub(super) fn charge_host(&self, worker: &mut WorkerState) -> u64 {
+        let (_, ns) = worker.watch.lap();
+        self.add_host_ns(worker.id, ns);
+        ns
     }
 
-    /// What the calling worker did since the last boundary, in nanoseconds; the caller charges it.
-    pub(crate) fn end_billed(&self) -> u64 {
-        with_worker(|worker| worker.watch.lap().1).unwrap_or(0)
+    pub(super) fn add_host_ns(&self, worker: WorkerId, ns: u64) {
+        let host = &self.workers[worker.index()].host_ns;
+        host.fetch_add(ns, Ordering::Relaxed);
     }
 
     /// Polls guests in the scheduler's order for about [`BATCH`]. To be called by a worker.
@@ -181,7 +185,12 @@ impl Pool {
         if let Some(loan) = worker.loan.take() {
             self.call_in(worker.id, loan, began);
         }
-        let mut now = began;
+        worker.connections.begin_round();
+        let went = self.run_connections(worker, began, false);
+        if went.alone {
+            return After::Again;
+        }
+        let mut now = went.at;
         loop {
             let until = match self.pick(worker.id, now) {
                 Picked::Run(next) => match self.run_slice(worker, next, now) {
@@ -198,12 +207,18 @@ impl Pool {
                         }
                         continue;
                     }
-                    Ran::Lent => now + LOAN,
+                    Ran::Lent => Some(now + went.left.loan(LOAN)),
                 },
-                Picked::Idle => return ends.map_or(After::Idle, After::Until),
-                Picked::Throttled(until) => until,
+                Picked::Idle | Picked::Throttled(_) if went.left == Left::Ready => {
+                    self.run_connections(worker, now, true);
+                    return After::Again;
+                }
+                Picked::Idle => None,
+                Picked::Throttled(until) => Some(until),
             };
-            return After::Until(ends.map_or(until, |sweep| sweep.min(until)));
+            let events = [until, ends, went.left.until()];
+            let first = events.into_iter().flatten().min();
+            return first.map_or(After::Idle, After::Until);
         }
     }
 

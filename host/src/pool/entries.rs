@@ -97,10 +97,21 @@ impl Payer {
         Arc::ptr_eq(&self.stats, &service.stats)
     }
 
-    /// Charges measured CPU time.
+    /// Whose it is.
+    #[must_use]
+    pub fn tenant(&self) -> TenantId {
+        self.tenant.id
+    }
+
+    /// Charges measured CPU time that the scheduler hears of later, with a slice.
     pub fn charge(&self, ns: u64) {
-        self.stats.charge_cpu(&self.tenant, ns);
+        self.charge_in_turn(ns);
         self.tenant.owed.fetch_add(ns, Ordering::Relaxed);
+    }
+
+    /// Charges measured CPU time of which the scheduler is told.
+    pub(super) fn charge_in_turn(&self, ns: u64) {
+        self.stats.charge_cpu(&self.tenant, ns);
     }
 }
 

@@ -33,6 +33,7 @@ pub mod admission;
 mod batch;
 pub mod clock;
 pub mod conduct;
+pub(crate) mod connections;
 mod deadlines;
 pub mod dispatcher;
 pub mod entries;

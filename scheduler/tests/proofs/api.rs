@@ -19,6 +19,7 @@ enum Op {
     Cancel(usize, u64),
     Pick(usize),
     Charge(usize, u64, SliceEnd),
+    Aside(usize, u64, bool),
     Tick(u64),
 }
 
@@ -41,7 +42,7 @@ fn some_op() -> impl Strategy<Value = Op> {
         SliceEnd::Preempted,
     ]);
     let class = prop::sample::select(vec![Class::Fresh, Class::Woken]);
-    let used = prop_oneof![Just(0_u64), 1_u64..200_000, 100_000_u64..10_000_000];
+    let used = || prop_oneof![Just(0_u64), 1_u64..200_000, 100_000_u64..10_000_000];
     let by = prop_oneof![0_u64..1_000, 1_000_u64..400_000, 1_000_000_u64..50_000_000];
     prop_oneof![
         1 => (0..TENANTS, some_params()).prop_map(|(t, p)| Op::Add(t, p)),
@@ -51,7 +52,8 @@ fn some_op() -> impl Strategy<Value = Op> {
             .prop_map(|(t, j, w, c)| Op::Enqueue(t, j, w, c)),
         2 => (0..TENANTS, 0_u64..100).prop_map(|(t, j)| Op::Cancel(t, j)),
         12 => (0..WORKERS).prop_map(Op::Pick),
-        10 => (0..WORKERS, used, end).prop_map(|(w, u, e)| Op::Charge(w, u, e)),
+        10 => (0..WORKERS, used(), end).prop_map(|(w, u, e)| Op::Charge(w, u, e)),
+        4 => (0..TENANTS, used(), any::<bool>()).prop_map(|(t, u, n)| Op::Aside(t, u, n)),
         6 => by.prop_map(Op::Tick),
     ]
 }
@@ -68,6 +70,9 @@ fn apply(twin: &mut Twin, op: Op) {
         Op::Pick(worker) => twin.pick(worker_id(worker)),
         Op::Charge(worker, used, end) => {
             twin.charge(worker_id(worker), Nanos::from_nanos(used), end);
+        }
+        Op::Aside(tenant, used, nevertheless) => {
+            twin.aside(tenant_id(tenant), Nanos::from_nanos(used), nevertheless);
         }
         Op::Tick(by) => twin.tick(Nanos::from_nanos(by)),
     }

@@ -7,8 +7,8 @@
 use std::collections::HashMap;
 
 use insula_scheduler::{
-    AddError, ChargeError, Class, Config, Fate, JobId, Nanos, Params, Pick, PickError, Scheduler,
-    SliceEnd, TenantId, WorkerId,
+    AddError, Aside, ChargeError, Class, Config, Fate, JobId, Nanos, Params, Pick, PickError,
+    Scheduler, SliceEnd, TenantId, WorkerId,
 };
 
 use crate::model_parts::{CREDIT_QUANTA, DEBT_QUANTA, FRESH_RUN, RefSlice, RefTenant, Stand, Tag};
@@ -369,14 +369,88 @@ impl Twin {
         let real = real.unwrap();
         assert_eq!((real.job, real.fate), (slice.job, fate));
         self.place(slice.key);
-        if self
-            .tenants
+        self.end_busy_period();
+        self.compare();
+    }
+
+    /// Charges work beside jobs where it may be done, or nevertheless.
+    pub(crate) fn aside(&mut self, id: TenantId, used: Nanos, nevertheless: bool) {
+        let time = self.now();
+        let answer = self.real.aside(id, time);
+        let Some(&key) = self.keys.get(&id) else {
+            assert!(answer.is_err());
+            assert!(self.real.charge_aside(id, used, time).is_err());
+            return;
+        };
+        let runnable: Vec<_> = (0..self.tenants.len())
+            .filter(|other| *other != key && self.tenants[*other].stand == Stand::Runnable)
+            .collect();
+        let (now, virtual_time) = (self.now, self.virtual_time);
+        let quantum = wide(self.config.quantum);
+        let others_due = runnable
             .iter()
-            .all(|tenant| tenant.queued() + tenant.running == 0)
-        {
+            .filter_map(|other| self.tenants[*other].reservation)
+            .any(|tag| tag.due() <= now);
+        let others_start = runnable
+            .iter()
+            .map(|other| self.tenants[*other].start)
+            .min();
+        let tenant = &mut self.tenants[key];
+        let mut reservation = tenant.reservation;
+        let mut start = tenant.start;
+        if tenant.queued() + tenant.running == 0 {
+            start = start.max(virtual_time);
+            reservation = reservation.map(|tag| Tag {
+                at: tag.at.max(2 * now),
+                ..tag
+            });
+        }
+        let due = reservation.is_some_and(|tag| tag.due() <= now);
+        let release = tenant.limit.map_or(0, |tag| tag.due());
+        let wanted = if release > now {
+            Aside::Throttled {
+                until: Nanos::from_nanos(u64::try_from(release).unwrap()),
+            }
+        } else if due || !(others_due || others_start.is_some_and(|other| other < start)) {
+            Aside::Due
+        } else {
+            Aside::Ahead
+        };
+        assert_eq!(answer, Ok(wanted));
+        if wanted != Aside::Due && !nevertheless {
+            return;
+        }
+        self.real.charge_aside(id, used, time).unwrap();
+        let own = (tenant.stand == Stand::Runnable).then_some(tenant.start);
+        if !due {
+            let first = others_start.into_iter().chain(own).fold(start, i128::min);
+            self.virtual_time = self.virtual_time.max(first);
+        }
+        let least = wide(used).max(1);
+        let edge = self.virtual_time + DEBT_QUANTA * quantum * tenant.slope();
+        tenant.start = start;
+        if !due || start <= edge {
+            tenant.start += least * tenant.slope();
+        }
+        if let (true, Some(tag)) = (due, &mut tenant.reservation) {
+            tag.spend(least, now);
+        }
+        if let Some(tag) = &mut tenant.limit {
+            tag.spend(least, now);
+        }
+        tenant.charged += used.as_nanos();
+        self.charged += used.as_nanos();
+        self.last_finish = self.last_finish.max(tenant.start);
+        self.place(key);
+        self.end_busy_period();
+        self.compare();
+    }
+
+    fn end_busy_period(&mut self) {
+        let mut tenants = self.tenants.iter();
+        if tenants.all(|tenant| tenant.queued() + tenant.running == 0) {
             self.virtual_time = self.virtual_time.max(self.last_finish);
         }
-        self.compare();
     }
 
     fn compare(&self) {

@@ -5,8 +5,8 @@ use std::cmp::Reverse;
 use std::collections::BinaryHeap;
 
 use insula_scheduler::{
-    Class, Config, Fate, JobId, Millicores, Nanos, Params, Pick, Scheduler, Shares, SliceEnd,
-    TenantId, WorkerId,
+    Aside, Class, Config, Fate, JobId, Millicores, Nanos, Params, Pick, Scheduler, Shares,
+    SliceEnd, TenantId, WorkerId,
 };
 
 use crate::habit::Habit;
@@ -25,6 +25,9 @@ pub(crate) struct SimTenant {
     /// When it last became queued or was last picked.
     pub(crate) hungry_since: u64,
     pub(crate) longest_hunger: u64,
+    /// There is always work beside its jobs: of two turns, one is theirs.
+    pub(crate) aside: bool,
+    picks_at_aside: Option<u64>,
     /// Integral of queued jobs over time, and up to when.
     waiting: Wide,
     settled: u64,
@@ -34,7 +37,8 @@ pub(crate) struct SimTenant {
 #[derive(Clone, Copy, Debug)]
 struct Busy {
     tenant: usize,
-    job: JobId,
+    /// None of work beside jobs.
+    job: Option<JobId>,
     began: u64,
     ends: u64,
     end: SliceEnd,
@@ -119,6 +123,8 @@ impl World {
             picks: 0,
             hungry_since: self.now,
             longest_hunger: 0,
+            aside: false,
+            picks_at_aside: None,
             waiting: 0,
             settled: self.now,
             limit,
@@ -197,7 +203,7 @@ impl World {
         let first = usize::try_from(self.prng.within(0, 1_000)).unwrap();
         for offset in 0..self.workers.len() {
             let worker = (first + offset) % self.workers.len();
-            if self.workers[worker].is_none() {
+            if self.workers[worker].is_none() && !self.go_aside(worker) {
                 self.pick(worker);
             }
         }
@@ -277,6 +283,31 @@ impl World {
         }
     }
 
+    /// Lets a worker do work beside jobs of any tenant whose turn it is.
+    fn go_aside(&mut self, worker: usize) -> bool {
+        let time = self.time();
+        let Some(tenant) = (0..self.tenants.len()).find(|&tenant| {
+            let entry = &self.tenants[tenant];
+            let in_turn = entry.queued == 0 || entry.picks_at_aside != Some(entry.picks);
+            entry.aside
+                && in_turn
+                && self.scheduler.aside(tenant_id(tenant), time) == Ok(Aside::Due)
+        }) else {
+            return false;
+        };
+        self.tenants[tenant].picks_at_aside = Some(self.tenants[tenant].picks);
+        let quantum = self.config.quantum.as_nanos();
+        let length = self.prng.within(quantum / 10, quantum);
+        self.workers[worker] = Some(Busy {
+            tenant,
+            job: None,
+            began: self.now,
+            ends: self.now + length,
+            end: SliceEnd::Finished,
+        });
+        true
+    }
+
     fn pick(&mut self, worker: usize) {
         let Pick::Run { tenant, job, .. } =
             self.scheduler.pick(worker_id(worker), self.time()).unwrap()
@@ -295,7 +326,7 @@ impl World {
         entry.hungry_since = self.now;
         self.workers[worker] = Some(Busy {
             tenant,
-            job,
+            job: Some(job),
             began: self.now,
             ends: self.now + length,
             end,
@@ -308,21 +339,19 @@ impl World {
         };
         let (tenant, used) = (busy.tenant, self.now - busy.began);
         self.settle(tenant);
-        let time = self.time();
+        self.note(tenant, used);
+        let (time, length) = (self.time(), Nanos::from_nanos(used));
+        let Some(job) = busy.job else {
+            let charged = self.scheduler.charge_aside(tenant_id(tenant), length, time);
+            return charged.unwrap();
+        };
         let charged = self
             .scheduler
-            .charge(worker_id(worker), Nanos::from_nanos(used), busy.end, time)
+            .charge(worker_id(worker), length, busy.end, time)
             .unwrap();
-        assert_eq!((charged.tenant, charged.job), (tenant_id(tenant), busy.job));
-        self.busy += used;
-        let excess = self.limit_excess(tenant, used);
+        assert_eq!((charged.tenant, charged.job), (tenant_id(tenant), job));
         let entry = &mut self.tenants[tenant];
         entry.running -= 1;
-        entry.charged += used;
-        entry.longest = entry.longest.max(used);
-        if let Some(meter) = &mut entry.limit {
-            meter.use_up(used, self.now, excess);
-        }
         if charged.fate == Fate::Requeued {
             if entry.queued == 0 {
                 entry.hungry_since = self.now;
@@ -335,7 +364,7 @@ impl World {
                     self.now + 1,
                     Event::Wake {
                         tenant,
-                        job: busy.job.get(),
+                        job: job.get(),
                     },
                 );
             }
@@ -345,12 +374,24 @@ impl World {
                     self.now + pause,
                     Event::Wake {
                         tenant,
-                        job: busy.job.get(),
+                        job: job.get(),
                     },
                 );
             }
             (Habit::Shorts | Habit::Traps, _) => self.submit(tenant, None),
             _ => {}
+        }
+    }
+
+    /// Writes down what a tenant has used.
+    fn note(&mut self, tenant: usize, used: u64) {
+        self.busy += used;
+        let excess = self.limit_excess(tenant, used);
+        let entry = &mut self.tenants[tenant];
+        entry.charged += used;
+        entry.longest = entry.longest.max(used);
+        if let Some(meter) = &mut entry.limit {
+            meter.use_up(used, self.now, excess);
         }
     }
 

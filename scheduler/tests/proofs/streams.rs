@@ -169,6 +169,24 @@ fn hostile_streams_break_no_promise() {
     });
 }
 
+/// Some tenants, one of the anchors among them, have work beside their jobs whenever they may.
+#[test]
+fn work_beside_jobs_breaks_no_promise() {
+    for_each_seed(24, |seed| {
+        let (mut world, mut watch) = hostile(seed ^ 0xa51de);
+        for tenant in [0, 5, 9, 14] {
+            world.tenants[tenant].aside = true;
+        }
+        for _ in 0..STEPS {
+            world.step();
+            watch.observe(&world);
+        }
+        world.check_accounts();
+        let anchor = &world.tenants[0];
+        assert!(anchor.charged > 0 && anchor.picks > 0, "{anchor:?}");
+    });
+}
+
 /// The pairwise bound must be close to what really happens, or it proves
 /// nothing: somewhere a third of it is used.
 #[test]

@@ -289,6 +289,7 @@ impl Running {
             },
             disks: Vec::new(),
             vsock: None,
+            net: None,
         };
         let machine = Box::new(machine);
         let started = client.order(&Request::Start { machine }, &with, PATIENCE);

@@ -219,6 +219,7 @@ impl Jailed {
                 },
             }],
             vsock: Some(with.add(vsock.as_fd()).expect("room")),
+            net: None,
         };
         let machine = Box::new(machine);
         let told = self

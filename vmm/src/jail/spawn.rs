@@ -54,3 +54,19 @@ pub fn in_pid_namespace(command: &mut Command) -> io::Result<(Child, PidNamespac
             .map_err(|_| io::Error::other("the spawning thread panicked"))?
     })
 }
+
+/// Does `job` on a thread that is in a network namespace of its own, which has nothing but a
+/// loopback interface and ends with the thread; what the job spawns is in it as well.
+///
+/// # Errors
+/// No thread is to be had, or the caller may not make namespaces.
+pub fn in_own_network<T: Send>(job: impl FnOnce() -> T + Send) -> io::Result<T> {
+    thread::scope(|scope| {
+        let alone = thread::Builder::new()
+            .name("own-network".to_owned())
+            .spawn_scoped(scope, || sys::unshare_network().map(|()| job()))?;
+        alone
+            .join()
+            .map_err(|_| io::Error::other("the thread panicked"))?
+    })
+}

@@ -40,3 +40,9 @@ pub(super) fn unshare_pid_for_children() -> io::Result<()> {
     // SAFETY: `FILES` is not asked for; what changes is where this thread's children are born.
     unsafe { rustix::thread::unshare_unsafe(UnshareFlags::NEWPID) }.map_err(Into::into)
 }
+
+/// Moves the calling thread, and only that, into a new network namespace.
+pub(super) fn unshare_network() -> io::Result<()> {
+    // SAFETY: `FILES` is not asked for; what changes is which network this thread sees.
+    unsafe { rustix::thread::unshare_unsafe(UnshareFlags::NEWNET) }.map_err(Into::into)
+}

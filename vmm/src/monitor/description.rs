@@ -2,6 +2,7 @@
 
 use std::fs::File;
 use std::io::{self, Read};
+use std::net::Ipv4Addr;
 use std::os::unix::net::UnixListener;
 use std::sync::Arc;
 
@@ -19,6 +20,7 @@ use crate::virtio::block::{
     Access, BaseId, Block, Disk, DiskCounts, DiskError, Overlay, OverlayError, RawDisk,
     SerialNumberError,
 };
+use crate::virtio::net::{Identity, MacAddressError, Mtu, Net, NetCounts, Tap};
 use crate::virtio::rng::Rng;
 use crate::virtio::vsock::{BesidePath, GuestCid, GuestCidError, Vsock};
 
@@ -35,6 +37,20 @@ pub struct MachineDescription {
     /// A listening Unix socket, where processes of the host speak with sockets of the guest. The
     /// guest's own calls go to sockets in the monitor's root, [`VSOCK_PREFIX`] and the port.
     pub vsock: Option<Slot>,
+    /// Its network, if it has one.
+    pub net: Option<NetDescription>,
+}
+
+/// A network device.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct NetDescription {
+    /// The tap.
+    pub tap: Slot,
+    /// The guest's address on the link; nothing leaves with another one.
+    pub mac: String,
+    /// And on the internet.
+    pub ipv4: Ipv4Addr,
 }
 
 /// Where a monitor looks for sockets that its guest may connect to: `/vsock_1024` for port 1024.
@@ -146,6 +162,9 @@ pub enum DescriptionError {
         /// What was given.
         given: String,
     },
+    /// The guest's address on its link.
+    #[error(transparent)]
+    Mac(#[from] MacAddressError),
     /// The guest's address.
     #[error(transparent)]
     Cid(#[from] GuestCidError),
@@ -182,6 +201,7 @@ pub(super) enum Meter {
     /// It moves none that anybody is charged for.
     Nothing,
     Disk(Arc<DiskCounts>),
+    Net(Arc<NetCounts>),
 }
 
 impl Meter {
@@ -192,6 +212,10 @@ impl Meter {
             Self::Disk(counts) => {
                 let [read, written, ..] = counts.read();
                 (read, written)
+            }
+            Self::Net(counts) => {
+                let totals = counts.read();
+                (totals.received_bytes, totals.sent_bytes)
             }
         }
     }
@@ -220,11 +244,29 @@ impl MachineDescription {
             meters.push(Meter::Nothing);
             devices.push(Box::new(vsock));
         }
+        // The last one, so that the others are where they are in a machine without it.
+        if let Some(net) = self.net {
+            let net = net.open(with)?;
+            meters.push(Meter::Net(net.counts()));
+            devices.push(Box::new(net));
+        }
         Ok(Parts {
             begin,
             devices,
             meters,
         })
+    }
+}
+
+impl NetDescription {
+    fn open(self, with: &mut Incoming) -> Result<Net, DescriptionError> {
+        let identity = Identity {
+            mac: self.mac.parse()?,
+            ipv4: vec![self.ipv4],
+            ipv6: Vec::new(),
+        };
+        let tap = Tap::adopt(with.take(self.tap)?)?;
+        Ok(Net::new(tap, identity, Mtu::default()))
     }
 }
 

@@ -133,6 +133,7 @@ impl Monitored {
                 },
             }],
             vsock: Some(with.add(vsock.as_fd())?),
+            net: None,
         };
         let machine = Box::new(machine);
         self.client

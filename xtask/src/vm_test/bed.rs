@@ -9,7 +9,7 @@ use serde_json::Value;
 
 use super::cpio::Archive;
 use super::debian::Debian;
-use super::vmlinux;
+use super::{host, vmlinux};
 use crate::repository::{Repository, cargo};
 use crate::say;
 use crate::tools::run;
@@ -20,6 +20,29 @@ pub(super) const HOST_MODULES: [&str; 4] = [
     "arch/x86/kvm/kvm",
     "arch/x86/kvm/kvm-amd",
     "drivers/net/tun",
+];
+
+/// What rules for packets are made of, and a wire to a namespace, in the order in which they are
+/// loaded.
+const ROUTER_MODULES: [&str; 18] = [
+    "lib/libcrc32c",
+    "net/netfilter/nfnetlink",
+    "net/ipv4/netfilter/nf_defrag_ipv4",
+    "net/ipv6/netfilter/nf_defrag_ipv6",
+    "net/netfilter/nf_conntrack",
+    "net/netfilter/nf_conncount",
+    "net/netfilter/nf_nat",
+    "net/netfilter/nf_tables",
+    "net/netfilter/nft_ct",
+    "net/netfilter/nft_connlimit",
+    "net/netfilter/nft_nat",
+    "net/netfilter/nft_chain_nat",
+    "net/netfilter/nft_masq",
+    "net/netfilter/nft_fib",
+    "net/ipv4/netfilter/nft_fib_ipv4",
+    "net/ipv6/netfilter/nft_fib_ipv6",
+    "net/netfilter/nft_fib_inet",
+    "drivers/net/veth",
 ];
 
 /// What the inner guest needs to find its devices, in the order in which they are loaded: the bus
@@ -49,7 +72,7 @@ B=/bin/busybox
 if [ "$1" != again ]; then
     $B mkdir /new
     $B mount -t tmpfs new /new
-    $B cp -a /init /bin /bed /modules /new
+    $B cp -a /init /bin /bed /modules /lib* /usr /new
     $B mkdir /new/proc /new/sys /new/dev /new/tmp
     exec $B switch_root /new /init again
 fi
@@ -75,7 +98,18 @@ else
     $B cat /tmp/monitor
     echo "bed: FAILED monitor processes under nested KVM"
 fi
-/bed/bed $only
+for case in CASES; do
+    [ -z "$only" ] || [ "$only" = $case ] || continue
+    if [ ! -e /bin/sh ]; then
+        $B --install -s /bin
+        ifconfig lo 127.0.0.1
+        mount -t cgroup2 groups /sys/fs/cgroup
+        for module in ROUTER; do insmod /modules/$module.ko || echo "bed: FAILED loading $module"; done
+    fi
+    /bed/$case
+    mine=$case
+done
+[ -n "$only" ] && [ "$only" = "$mine" ] || /bed/bed $only
 # System calls for which a monitor was ended.
 $B dmesg | $B grep type=1326
 echo "bed: end"
@@ -123,9 +157,12 @@ pub(super) fn build(repository: &Repository, dir: &Path, debian: &Debian) -> Res
     modules(&mut inner, debian, &GUEST_MODULES)?;
 
     let mut bed = Archive::new()?;
-    bed.file("init", with_modules(HOST_INIT, &HOST_MODULES).as_bytes())?;
+    let init = HOST_INIT.replace("ROUTER", &names(&ROUTER_MODULES));
+    let init = init.replace("CASES", &host::CASES.map(|(name, _)| name).join(" "));
+    bed.file("init", with_modules(&init, &HOST_MODULES).as_bytes())?;
     bed.copy("bin/busybox", &debian.busybox)?;
     modules(&mut bed, debian, &HOST_MODULES)?;
+    modules(&mut bed, debian, &ROUTER_MODULES)?;
     bed.copy("bed/bed", &programs.bed)?;
     bed.copy("bed/micro", &programs.micro)?;
     bed.copy("bed/monitor", &programs.monitor)?;
@@ -134,6 +171,7 @@ pub(super) fn build(repository: &Repository, dir: &Path, debian: &Debian) -> Res
     bed.file("bed/vmlinux", &vmlinux::extract(&kernel)?)?;
     bed.file("bed/inner.cpio", &inner.finish()?)?;
     bed.copy("bed/root.ext4", &root)?;
+    host::add(&mut bed, repository, debian)?;
     let image = dir.join("bed.cpio");
     fs::write(&image, bed.finish()?).with_context(|| image.display().to_string())?;
     Ok(image)
@@ -143,9 +181,13 @@ fn name(module: &str) -> &str {
     module.rsplit('/').next().unwrap_or(module)
 }
 
-pub(super) fn with_modules(script: &str, modules: &[&str]) -> String {
+fn names(modules: &[&str]) -> String {
     let names: Vec<&str> = modules.iter().map(|module| name(module)).collect();
-    script.replace("MODULES", &names.join(" "))
+    names.join(" ")
+}
+
+pub(super) fn with_modules(script: &str, modules: &[&str]) -> String {
+    script.replace("MODULES", &names(modules))
 }
 
 pub(super) fn modules(archive: &mut Archive, debian: &Debian, modules: &[&str]) -> Result<()> {

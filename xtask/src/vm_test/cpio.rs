@@ -45,6 +45,16 @@ impl Archive {
         self.file(name, &content)
     }
 
+    /// A copy of a file under its own path, with the folders that lead there.
+    pub(super) fn copy_at(&mut self, path: &str) -> Result<()> {
+        let name = path.trim_start_matches('/');
+        for (end, _) in name.match_indices('/') {
+            // Once more does no harm.
+            self.directory(&name[..end])?;
+        }
+        self.copy(name, Path::new(path))
+    }
+
     /// All of it.
     pub(super) fn finish(mut self) -> Result<Vec<u8>> {
         self.entry("TRAILER!!!", 0, (0, 0), &[])?;

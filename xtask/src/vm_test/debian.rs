@@ -1,4 +1,4 @@
-//! What of Debian the bed needs: its cloud kernel, busybox, QEMU, and mkfs.ext4.
+//! What of Debian the bed needs: its cloud kernel, busybox, QEMU, mkfs.ext4, nft and ip.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -16,6 +16,8 @@ pub(super) struct Debian {
     pub(super) modules: PathBuf,
     pub(super) busybox: PathBuf,
     pub(super) mkfs: PathBuf,
+    pub(super) nft: PathBuf,
+    pub(super) ip: PathBuf,
 }
 
 impl Debian {
@@ -32,6 +34,8 @@ pub(super) fn ensure(dir: &Path) -> Result<Debian> {
     let busybox = unpacked(dir, "busybox", || Ok("busybox-static".to_owned()))?;
     program("qemu-system-x86_64", "qemu-system-x86")?;
     let mkfs = program("mkfs.ext4", "e2fsprogs")?;
+    let nft = program("nft", "nftables")?;
+    let ip = program("ip", "iproute2")?;
     let image = first_in(&kernel.join("boot"), "vmlinuz-")?;
     let modules = first_in(&kernel.join("lib/modules"), "")?.join("kernel");
     let found = ["bin/busybox", "usr/bin/busybox"].map(|path| busybox.join(path));
@@ -41,6 +45,8 @@ pub(super) fn ensure(dir: &Path) -> Result<Debian> {
         modules,
         busybox: busybox.context("busybox-static holds no busybox")?,
         mkfs,
+        nft,
+        ip,
     })
 }
 

@@ -16,6 +16,7 @@ mod bed;
 mod bench;
 mod cpio;
 mod debian;
+mod host;
 mod vmlinux;
 
 use std::io::{BufRead, BufReader};

@@ -54,6 +54,8 @@ pub(crate) async fn host(control: Rc<Control>, _: Call) -> Answer {
             "memory_capacity_bytes": control.machine_memory_bytes(),
             "memory_committed_bytes": control.machines.book.borrow().committed(None),
             "groups_missing": control.machines.groups.missing(),
+            "network": control.machines.network.pool().map(|pool| pool.to_string()),
+            "network_missing": control.machines.network.missing(),
         },
         "domain": config.domain,
         "ingress": control.ingress.get(),

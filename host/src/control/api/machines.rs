@@ -39,7 +39,8 @@ impl Control {
 
     fn show(&self, machine: &Machine) -> serde_json::Value {
         let book = self.machines.book.borrow();
-        let mut document = documents::machine(machine, book.get(machine.id));
+        let mut document =
+            documents::machine(machine, book.get(machine.id), &self.machines.network);
         let saved = self.machines.places.of(machine.id).saved_at();
         document["snapshot_at"] = json!(saved.map(Timestamp::from));
         document

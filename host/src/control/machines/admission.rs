@@ -5,6 +5,7 @@ use insula_types::TenantId;
 use super::Control;
 use crate::control::problem::{Code, Problem};
 use crate::machines::book::Book;
+use crate::machines::network::Network;
 use crate::state::machines::Machine;
 
 /// What all running machines may be promised together.
@@ -18,6 +19,15 @@ pub(super) fn check(book: &Book, machine: &Machine, control: &Control) -> Result
     let percent = control.machines.config.memory_percent;
     let capacity = capacity_bytes(control.machine.memory_bytes, percent);
     fits(book, None, machine, capacity, "the host has for machines")
+}
+
+/// Refuses a machine whose ports are not to be had.
+pub(super) fn check_ports(network: &Network, machine: &Machine) -> Result<(), Problem> {
+    let Some(net) = &machine.spec.net else {
+        return Ok(());
+    };
+    let checked = network.check(machine.id, net);
+    checked.map_err(|error| Problem::new(Code::PortTaken, error))
 }
 
 /// Refuses a machine that does not fit into its tenant's envelope.

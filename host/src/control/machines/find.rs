@@ -16,6 +16,8 @@ pub(crate) async fn find(control: &Rc<Control>) -> Result<(), Problem> {
     let mut known = Vec::new();
     for machine in &machines {
         known.push(machine.id);
+        let room = &control.machines;
+        room.network.know(machine.id, &room.places.of(machine.id));
         let owner = (
             machine.tenant,
             machine.tenant_name.clone(),
@@ -31,6 +33,7 @@ pub(crate) async fn find(control: &Rc<Control>) -> Result<(), Problem> {
             look_after(control, machine).await;
         }
     }
+    control.machines.network.settle();
     // Directories of machines that were deleted while the host died.
     for id in control.machines.places.all()? {
         if !known.contains(&id)
@@ -48,6 +51,7 @@ async fn look_after(control: &Rc<Control>, machine: &Machine) {
     let place = room.places.of(machine.id);
     match place.connect() {
         Ok(client) => {
+            room.network.found(machine.id, &place);
             let found = Origin::Found(client);
             let runner = Runner::start(room.whose(machine), found, room.tells.clone());
             let mut book = room.book.borrow_mut();

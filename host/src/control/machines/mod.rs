@@ -33,6 +33,7 @@ use super::Control;
 use super::problem::{Code, Problem};
 use crate::machines::book::{BOOT, Book};
 use crate::machines::cgroups::Groups;
+use crate::machines::network::{Network, NetworkConfig};
 use crate::machines::place::Places;
 use crate::machines::runner::{Origin, Runner, Tell, Whose};
 use crate::machines::saved::SnapshotKey;
@@ -66,6 +67,8 @@ pub struct MachinesConfig {
     pub memory_percent: u32,
     /// Whether machines start where KVM emulates every instruction: for tests.
     pub on_emulation: bool,
+    /// Their addresses and ports.
+    pub network: NetworkConfig,
     /// What becomes of machines that run when the host ends.
     pub at_end: AtEnd,
 }
@@ -88,6 +91,7 @@ pub(crate) struct Room {
     pub(crate) book: RefCell<Book>,
     pub(crate) places: Places,
     pub(crate) groups: Arc<Groups>,
+    pub(crate) network: Arc<Network>,
     pub(crate) support: Support,
     pub(crate) config: MachinesConfig,
     key: SnapshotKey,
@@ -108,6 +112,7 @@ impl Room {
             Support::Absent(_) => Groups::default(),
             _ => Groups::find(&instance),
         };
+        let network = Network::new(&config.network, &instance);
         for missing in groups.missing() {
             tracing::warn!(controller = missing, "machines run without a bound");
         }
@@ -116,6 +121,7 @@ impl Room {
             book: RefCell::default(),
             places,
             groups: Arc::new(groups),
+            network: Arc::new(network),
             support,
             config,
             key,
@@ -132,6 +138,7 @@ impl Room {
             memory: machine.spec.memory,
             place: self.places.of(machine.id),
             groups: Arc::clone(&self.groups),
+            network: Arc::clone(&self.network),
         }
     }
 
@@ -188,6 +195,7 @@ impl Control {
             let mut book = room.book.borrow_mut();
             admission::check_tenant(&book, &machine, limit)?;
             admission::check(&book, &machine, self)?;
+            admission::check_ports(&room.network, &machine)?;
             let entry = book.get_mut(id).ok_or_else(gone)?;
             entry.ask(&event).map_err(|error| refused(&error))?;
             entry.memory = machine.spec.memory;
@@ -255,6 +263,7 @@ impl Control {
         let plan = Plan {
             program: room.config.program.clone(),
             spec: machine.spec.clone(),
+            name: machine.name.clone(),
             begin,
             disks,
         };
@@ -297,6 +306,7 @@ impl Control {
         // From every state in which there is no monitor.
         let _ = entry.ask(&Event::Delete);
         self.events.machine(&entry);
+        room.network.forget(machine.id);
         let removed = room.places.of(machine.id).remove();
         let groups = room.groups.remove_machine(machine.tenant, machine.id);
         for error in [removed, groups].into_iter().filter_map(Result::err) {

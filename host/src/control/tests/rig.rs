@@ -13,6 +13,7 @@ use tokio::sync::mpsc;
 
 use crate::config::DEFAULT_CEILING;
 use crate::control::{AtEnd, Compiler, ControlConfig, ControlPlane, MachinesConfig, start};
+use crate::machines::network::{NetworkConfig, PortRange};
 use crate::messages::{Collected, Command, FromData, LogRecord, Refusal, ToData, UsageDelta};
 use crate::state::DataDir;
 
@@ -146,6 +147,11 @@ impl Rig {
                 program: "/nonexistent".into(),
                 memory_percent: 80,
                 on_emulation: false,
+                network: NetworkConfig {
+                    pool: None,
+                    ports: PortRange::DEFAULT,
+                    opened: Vec::new(),
+                },
                 at_end: AtEnd::Stop,
             },
             seal: Arc::new(move |_, artefact| {

@@ -5,6 +5,7 @@
 // One kernel for the tests of the monitor and of the host.
 #[path = "../../../../vmm/tests/monitor/kernel.rs"]
 mod kernel;
+mod network;
 
 use std::fs;
 use std::io::{Read, Write};
@@ -13,6 +14,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
 
+use insula_tests::host::Plan;
 use insula_tests::wait::holds;
 use insula_tests::{TestHost, guests, until};
 use serde_json::{Value, json};
@@ -39,13 +41,18 @@ impl Drop for Host {
 
 /// A host with a tenant, the echoing kernel and a disk; `None`, and said so, where there is no KVM.
 fn host() -> Option<Host> {
+    host_with(&[])
+}
+
+fn host_with(settings: &[(&str, &str)]) -> Option<Host> {
     let opened = fs::File::options().read(true).write(true).open("/dev/kvm");
     if let Err(why) = opened {
         eprintln!("skipped: /dev/kvm: {why}");
         return None;
     }
     let plan = TestHost::plan().env("INSULA_MACHINES_ON_EMULATION", "1");
-    let host = plan.start();
+    let set = |plan: Plan, (name, value): &(&str, &str)| plan.env(name, *value);
+    let host = settings.iter().fold(plan, set).start();
     let admin = host.admin();
     admin.put("/v1/tenants/acme", &json!({"memory": {"limit": "64MiB"}}));
     for (image, bytes) in [("echo", kernel::image()), ("blank", vec![0; 1 << 20])] {

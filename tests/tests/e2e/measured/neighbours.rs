@@ -1,5 +1,8 @@
 //! A tenant that behaves badly is nobody else's concern.
 
+use std::io::{Read, Write};
+use std::net::TcpStream;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use insula_tests::wait::holds;
@@ -129,4 +132,81 @@ fn the_admin_api_never_waits_behind_a_guest() {
     // And deploys go on.
     let hello = host.tenant("b").create().deploy("hello");
     assert_eq!(hello.get("/").send().status, 200);
+}
+
+/// Sends requests faster than they can be refused until it is told to stop, and counts the answers.
+fn flood(
+    to: &insula_tests::http::Request,
+    address: std::net::SocketAddr,
+    stop: &AtomicBool,
+    refused: &AtomicU64,
+) {
+    let mut stream = TcpStream::connect(address).expect("a connection");
+    stream
+        .set_read_timeout(Some(Duration::from_secs(10)))
+        .expect("a patience");
+    let batch = to.head_bytes().repeat(64);
+    let mut answers = vec![0; 1 << 16];
+    while !stop.load(Ordering::Relaxed) {
+        stream.write_all(&batch).expect("sent");
+        // A head ends with an empty line, and no body has one.
+        let (mut seen, mut ends) = (0, 0);
+        while seen < 64 {
+            let read = stream.read(&mut answers).expect("answers");
+            assert!(read > 0, "closed");
+            for byte in &answers[..read] {
+                ends = match byte {
+                    b'\n' => ends + 1,
+                    b'\r' => ends,
+                    _ => 0,
+                };
+                seen += u64::from(ends == 2);
+            }
+        }
+        refused.fetch_add(seen, Ordering::Relaxed);
+    }
+}
+
+#[test]
+fn a_flood_of_refused_requests_takes_its_tenants_share_and_no_more() {
+    let host = TestHost::measured().start();
+    let bounds = json!({"requests": {"per_second": 1}});
+    let flooder = host.tenant("flooder").spec(bounds).create().deploy("hello");
+    let busy = host.tenant("busy").create();
+    let limits = json!({"fuel": "1T", "timeout": "60s"});
+    let spin = busy.service("spin").limits(limits).deploy("spin");
+    let hello = host.tenant("victim").create().deploy("hello");
+    let loops: Vec<_> = (0..4)
+        .map(|_| {
+            let mut connection = spin.connect();
+            connection.write(&spin.get("/")).expect("sent");
+            connection
+        })
+        .collect();
+    let (stop, refused) = (AtomicBool::new(false), AtomicU64::new(0));
+    let request = flooder.get("/");
+    std::thread::scope(|scope| {
+        for _ in 0..16 {
+            scope.spawn(|| flood(&request, host.ingress(), &stop, &refused));
+        }
+        std::thread::sleep(Duration::from_secs(1));
+        let (before, first) = (host.metrics(), refused.load(Ordering::Relaxed));
+        let load = load::during(Duration::from_secs(4), 1, &hello.get("/"));
+        let (after, last) = (host.metrics(), refused.load(Ordering::Relaxed));
+        stop.store(true, Ordering::Relaxed);
+        let cpu = |tenant: &str| after.cpu_seconds(tenant) - before.cpu_seconds(tenant);
+        let part = cpu("busy") / (cpu("busy") + cpu("flooder"));
+        eprintln!(
+            "{} refusals beside loops: the loops get {:.1} % of {:.2} s; hello p50 {:?}, p99 {:?}",
+            last - first,
+            part * 100.0,
+            cpu("busy") + cpu("flooder"),
+            load.quantile(0.5),
+            load.quantile(0.99),
+        );
+        assert_eq!(load.status(200), load.total(), "{:?}", load.statuses);
+        assert!(last - first > 1_000, "{}", last - first);
+        assert!(part >= 0.45, "{} s and {} s", cpu("busy"), cpu("flooder"));
+    });
+    drop(loops);
 }
