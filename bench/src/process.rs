@@ -204,8 +204,24 @@ pub(crate) fn tree_cpu(root: u32) -> Result<CpuTime> {
     Ok(sum)
 }
 
-/// What a process has of the machine's memory now, in KiB, as `/proc/PID/status` has it (proc(5)).
+/// What a process and its children have of the machine's memory now, in KiB, as `/proc/PID/status`
+/// has it (proc(5)).
 pub(crate) fn resident_kib(process: u32) -> Result<u64> {
+    let mut sum = resident_kib_of_one(process)?;
+    for task in fs::read_dir(format!("/proc/{process}/task"))?.flatten() {
+        let children = fs::read_to_string(task.path().join("children")).unwrap_or_default();
+        for child in children
+            .split_whitespace()
+            .filter_map(|pid| pid.parse().ok())
+        {
+            // One that has ended meanwhile has none.
+            sum += resident_kib_of_one(child).unwrap_or(0);
+        }
+    }
+    Ok(sum)
+}
+
+fn resident_kib_of_one(process: u32) -> Result<u64> {
     let path = format!("/proc/{process}/status");
     let text = fs::read_to_string(&path).with_context(|| path.clone())?;
     let line = text.lines().find_map(|line| line.strip_prefix("VmRSS:"));

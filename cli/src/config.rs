@@ -11,6 +11,7 @@ use insula_host::config::{DEFAULT_CEILING, DEFAULT_CODE_IDLE, DEFAULT_INSTANCES,
 use insula_host::control::{AtEnd, MachinesConfig};
 use insula_host::machines::network::{NetworkConfig, Pool, PortRange};
 use insula_host::outbound::Network;
+use insula_host::process::keeper::DataProgram;
 use insula_host::tls::TlsFiles;
 use insula_types::spec::{RequestLimits, is_host_name};
 use insula_types::{Bytes, Millis};
@@ -196,6 +197,7 @@ pub(crate) fn resolve(
         }),
         code_idle: reader.read("code_idle", DEFAULT_CODE_IDLE),
         drain: reader.read("drain", DEFAULT_DRAIN),
+        data_program: DataProgram::default(),
         machines: MachinesConfig {
             program: std::env::current_exe().unwrap_or_else(|_| PathBuf::from("insula")),
             memory_percent: reader.read_with(

@@ -1,7 +1,8 @@
 //! The `insula` program: its verbs.
 //!
-//! `serve` runs a host in this process; `compile-component` is what a host runs as a child for
-//! every component it compiles. Everything else speaks only HTTP to a host.
+//! `serve` runs a host: control in this process, and `data-plane` as a child that serves requests;
+//! `compile-component` is what a host runs as a child for every component it compiles. Everything
+//! else speaks only HTTP to a host.
 //!
 //! * [`args`]: what can be typed
 //! * [`serve`], [`config`]: the host's process and its configuration
@@ -68,6 +69,8 @@ fn main() -> ExitCode {
         Verb::CompileComponent(_) => return insula_host::engine::compile_child_main(),
         // Nothing before it starts a thread: it is jailed while there is one.
         Verb::MachineMonitor(args) => return insula_host::machines::monitor_main(&args.orders),
+        // The same.
+        Verb::DataPlane(args) => return serve::data_plane(&args.log),
         _ => {}
     }
     match run(cli.verb) {
@@ -90,6 +93,7 @@ fn run(verb: Verb) -> Result<ExitCode> {
         Verb::Restore(args) => backup::restore(&args)?,
         Verb::Doctor(args) => return doctor::run(&args),
         Verb::CompileComponent(_) => return Ok(insula_host::engine::compile_child_main()),
+        Verb::DataPlane(args) => return Ok(serve::data_plane(&args.log)),
         verb => block_on(speak(verb))?,
     }
     Ok(ExitCode::SUCCESS)
@@ -119,6 +123,7 @@ async fn speak(verb: Verb) -> Result<()> {
         | Verb::Restore(_)
         | Verb::Doctor(_)
         | Verb::CompileComponent(_)
+        | Verb::DataPlane(_)
         | Verb::MachineMonitor(_) => unreachable!("these speak to no host"),
     }
 }

@@ -1,16 +1,18 @@
-//! `insula serve`: the host in this process.
+//! `insula serve`: the host, control in this process and the data plane in a child of it.
 //!
 //! 1. Configuration: flags, environment, file.
 //! 2. Logging to stderr.
 //! 3. As many file descriptors as the system lets us have.
 //! 4. The host starts; both addresses are printed, then `ready`.
 //! 5. A run file tells this user's other processes where the token is (see [`crate::access`]).
-//! 6. SIGTERM, SIGINT, or the end of stdin where that was asked for: the host drains.
+//! 6. SIGTERM, SIGINT, or the end of stdin where that was asked for: the host drains. Another host
+//!    that is started in the same directory: this one hands over to it, and drains too.
 //! 7. A second signal: the process ends at once, with what still runs.
 //! 8. The run file goes, and a temporary directory with it.
 
 use std::io::Read;
 use std::path::Path;
+use std::process::ExitCode;
 
 use anyhow::{Context, Result, anyhow, bail};
 use insula_host::serve::Host;
@@ -32,6 +34,8 @@ pub(crate) fn run(args: &ServeArgs) -> Result<()> {
     start_logging(&settings.log);
     raise_file_limit();
     let mut config = settings.host;
+    let log = ["--log".into(), settings.log.into()];
+    config.data_program.arguments.extend(log);
     let temporary = match settings.data {
         Data::At(dir) => {
             config.data_dir = dir;
@@ -52,10 +56,15 @@ pub(crate) fn run(args: &ServeArgs) -> Result<()> {
         .inspect_err(|error| tracing::warn!(%error, "other commands have to be told the token"))
         .ok();
     announce(&host, &data_dir)?;
-    signals.wait_and_drain(host, args.until_stdin_ends)?;
-    drop(registration);
+    signals.wait_and_drain(host, registration, args.until_stdin_ends)?;
     drop(temporary);
     Ok(())
+}
+
+/// The child. Its logging begins before it has a link to say anything on.
+pub(crate) fn data_plane(log: &str) -> ExitCode {
+    start_logging(log);
+    insula_host::process::child::main()
 }
 
 fn settings(args: &ServeArgs) -> Result<Settings> {
@@ -128,24 +137,41 @@ impl Signals {
         })
     }
 
-    fn wait_and_drain(self, host: Host, until_stdin_ends: bool) -> Result<()> {
+    fn wait_and_drain(
+        self,
+        host: Host,
+        registration: Option<Registration>,
+        until_stdin_ends: bool,
+    ) -> Result<()> {
         let Self {
             runtime,
             mut terminate,
             mut interrupt,
         } = self;
         let result = runtime.block_on(async {
-            // All three only wait; whichever is first wins, and the others hold nothing.
-            let why = tokio::select! {
-                _ = terminate.recv() => "SIGTERM",
-                _ = interrupt.recv() => "SIGINT",
-                () = stdin_end(), if until_stdin_ends => "stdin ended",
+            // All of them only wait; whichever is first wins, and the others hold nothing.
+            let (why, successor) = tokio::select! {
+                _ = terminate.recv() => ("SIGTERM", None),
+                _ = interrupt.recv() => ("SIGINT", None),
+                () = stdin_end(), if until_stdin_ends => ("stdin ended", None),
+                successor = host.successor() => ("another host takes over", Some(successor)),
             };
             tracing::info!(why, "draining");
-            let drained = tokio::task::spawn_blocking(move || host.shutdown());
+            // The next host leaves a run file of the same name.
+            drop(registration);
+            let drained = tokio::task::spawn_blocking(move || match successor {
+                None => {
+                    host.shutdown();
+                    Ok(())
+                }
+                Some(successor) => host.hand_over(successor),
+            });
             // Cancelling the first branch does not stop the shutdown; the process ends instead.
             tokio::select! {
-                done = drained => done.map_err(|error| anyhow!("the shutdown failed: {error}")),
+                done = drained => match done {
+                    Ok(done) => done.context("the next host did not take over"),
+                    Err(error) => Err(anyhow!("the shutdown failed: {error}")),
+                },
                 _ = terminate.recv() => impatient(),
                 _ = interrupt.recv() => impatient(),
             }

@@ -8,6 +8,7 @@ use insula_types::quantity::{Bytes, Fuel, Millis};
 use insula_types::spec::RequestLimits;
 
 use crate::outbound::Network;
+use crate::process::keeper::DataProgram;
 use crate::tls::TlsFiles;
 
 /// What `insula serve` runs with. Made by the CLI from flags, environment and file.
@@ -39,6 +40,8 @@ pub struct HostConfig {
     pub code_idle: Millis,
     /// How long requests may go on after SIGTERM.
     pub drain: Millis,
+    /// What the data process runs.
+    pub data_program: DataProgram,
     /// Machines: their program, their memory.
     pub machines: MachinesConfig,
 }

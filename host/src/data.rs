@@ -7,7 +7,8 @@
 //! ```
 //!
 //! The thread applies all commands that wait, publishes one route table and answers them all. It
-//! holds no database and no token, only the key of the artefacts that it loads.
+//! holds no database and no token, only the key of the artefacts that it loads. All this runs in a
+//! process of its own ([`crate::process`]).
 //!
 //! Shutdown:
 //! 1. `ToData::Drain` arrives: workers stop accepting, idle connections close.
@@ -18,7 +19,7 @@
 
 use std::collections::HashMap;
 use std::fs::File;
-use std::net::SocketAddr;
+use std::net::TcpListener;
 use std::sync::Arc;
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
@@ -41,29 +42,27 @@ use crate::ingress::Ingress;
 use crate::ingress::logs::{LogHub, ServiceLog};
 use crate::ingress::routes::RouteTable;
 use crate::messages::{
-    Collected, Command, FromData, IntendedVersion, Refusal, ServiceIntent, ToData,
+    AtRest, Collect, Collected, Command, FromData, IntendedVersion, LogRecord, Refusal,
+    ServiceIntent, ToData,
 };
-use crate::outbound::{AddressPolicy, Network, Outbound};
+use crate::outbound::{AddressPolicy, Inquiries, Network, Outbound};
 use crate::pool::Pool;
 use crate::pool::clock::process_cpu_ns;
 use crate::pool::conduct::VersionStats;
 use crate::pool::entries::{ServiceEntry, ServiceStats, TenantEntry};
 use crate::pool::versions::{Active, Versions};
 use crate::pool::worker::{self, Phase, WorkerError};
+use crate::process::walls::Wall;
 use crate::storage::Volume;
 use crate::tls::Certificate;
 
 /// What the data plane is started with.
 #[derive(Debug)]
 pub struct DataConfig {
-    /// The ingress listener.
-    pub listen: SocketAddr,
-    /// What makes it speak TLS.
+    /// What makes the ingress speak TLS.
     pub certificate: Option<Arc<Certificate>>,
     /// Services answer on `<service>.<tenant>.<domain>`.
     pub domain: String,
-    /// Worker threads.
-    pub workers: usize,
     /// No request gets more than this.
     pub ceiling: RequestLimits,
     /// Instances alive at once.
@@ -98,16 +97,20 @@ pub enum StartError {
 /// The running data plane; joins its threads when dropped, after the command channel was closed.
 #[derive(Debug)]
 pub struct DataPlane {
-    ingress: SocketAddr,
     threads: Vec<JoinHandle<()>>,
 }
 
-impl DataPlane {
-    /// Where the ingress listens.
-    #[must_use]
-    pub const fn ingress(&self) -> SocketAddr {
-        self.ingress
-    }
+/// The engine that a data plane with these settings needs. Made before the process is confined:
+/// wasmtime opens a file of `/proc` for it.
+///
+/// # Errors
+/// [`EngineError`].
+pub fn engine(config: &DataConfig) -> Result<Engine, EngineError> {
+    Engine::pooled(EngineLimits {
+        // Instances that wait for another request take no places of those that run.
+        instances: config.instances + config.instances / WAITING_PART,
+        memory: config.ceiling.memory,
+    })
 }
 
 impl Drop for DataPlane {
@@ -120,39 +123,31 @@ impl Drop for DataPlane {
     }
 }
 
-/// Starts the data plane: workers first, then the thread that applies commands.
+/// Starts the data plane: a worker for each listener, then the thread that applies commands.
 ///
 /// # Errors
 /// [`StartError`]; whatever was started is stopped again.
 pub fn start(
     config: DataConfig,
-    commands: mpsc::Receiver<Command>,
-    reports: mpsc::Sender<FromData>,
+    engine: Engine,
+    listeners: Vec<TcpListener>,
+    (commands, reports): (mpsc::Receiver<Command>, mpsc::Sender<FromData>),
+    walls: Vec<Wall>,
+    inquiries: Arc<Inquiries>,
 ) -> Result<DataPlane, StartError> {
-    // Instances that wait for another request take no places of those that run.
-    let waiting = config.instances / WAITING_PART;
-    let engine = Engine::pooled(EngineLimits {
-        instances: config.instances + waiting,
-        memory: config.ceiling.memory,
-    })?;
-    let pool = Pool::new(config.workers, config.instances)?;
+    let workers = listeners.len();
+    let pool = Pool::new(workers, config.instances)?;
     let metrics = DataMetrics::new();
-    metrics.set_host_workers(config.workers);
+    metrics.set_host_workers(workers);
     let ingress = Ingress::new(
         Arc::clone(&pool),
         metrics.clone(),
-        config.workers,
+        workers,
         config.certificate.clone(),
     );
-    let listeners = worker::listeners(config.listen, config.workers)?;
-    let address = listeners
-        .first()
-        .and_then(|listener| listener.local_addr().ok());
-    let address = address.unwrap_or(config.listen);
     let (phase, _) = watch::channel(Phase::Starting);
     let mut plane = DataPlane {
-        ingress: address,
-        threads: Vec::with_capacity(config.workers + 1),
+        threads: Vec::with_capacity(workers + 1),
     };
     for (index, listener) in (0u16..).zip(listeners) {
         let (pool, ingress) = (Arc::clone(&pool), Arc::clone(&ingress));
@@ -171,9 +166,13 @@ pub fn start(
         .map_err(StartError::Thread)?;
     let desk = Desk {
         memory: Arc::new(HostMemory::new(config.guest_memory)),
-        outbound: Outbound::new(AddressPolicy::new(config.outbound_networks.clone())),
+        outbound: Outbound::new(
+            AddressPolicy::new(config.outbound_networks.clone()),
+            Arc::clone(&inquiries),
+        ),
+        inquiries,
         vault: Vault::new(engine, config.artefact_key.clone()),
-        room: Room::new(waiting),
+        room: Room::new(config.instances / WAITING_PART),
         config,
         pool,
         ingress,
@@ -187,7 +186,7 @@ pub fn start(
     };
     let thread = std::thread::Builder::new()
         .name("insula-data".to_owned())
-        .spawn(move || runtime.block_on(desk.run(address, commands, reports)))
+        .spawn(move || runtime.block_on(desk.run(commands, reports, walls)))
         .map_err(StartError::Thread)?;
     plane.threads.push(thread);
     Ok(plane)
@@ -214,6 +213,7 @@ struct Desk {
     metrics: DataMetrics,
     memory: Arc<HostMemory>,
     outbound: Arc<Outbound>,
+    inquiries: Arc<Inquiries>,
     logs: Arc<LogHub>,
     tenants: HashMap<TenantId, Tenant>,
     services: HashMap<ServiceId, Service>,
@@ -231,15 +231,11 @@ const COMMANDS_AT_ONCE: usize = 256;
 impl Desk {
     async fn run(
         mut self,
-        address: SocketAddr,
         mut commands: mpsc::Receiver<Command>,
         reports: mpsc::Sender<FromData>,
+        walls: Vec<Wall>,
     ) {
-        if reports
-            .send(FromData::Ready { ingress: address })
-            .await
-            .is_err()
-        {
+        if reports.send(FromData::Ready(walls)).await.is_err() {
             return;
         }
         let logs = Arc::clone(&self.logs);
@@ -259,8 +255,10 @@ impl Desk {
                     }
                 }
                 records = logs.take() => {
-                    if reports.send(FromData::Logs(records)).await.is_err() {
-                        return;
+                    for report in in_parts(records) {
+                        if reports.send(report).await.is_err() {
+                            return;
+                        }
                     }
                 }
             }
@@ -281,21 +279,32 @@ impl Desk {
         let mut opening = false;
         for Command { seq, body } in batch.drain(..) {
             let result = match body {
-                ToData::Collect => {
-                    let collected = Box::new(self.collect());
-                    let records = self.logs.take_now();
-                    if !records.is_empty() {
-                        answers.push(FromData::Logs(records));
-                    }
+                ToData::Collect {
+                    what,
+                    control_cpu_ns,
+                } => {
+                    let collected = Box::new(self.collect(what, control_cpu_ns));
+                    answers.extend(in_parts(self.logs.take_now()));
                     answers.push(FromData::Collected { seq, collected });
                     continue;
+                }
+                ToData::Answer(answer) => {
+                    self.inquiries.answer(answer);
+                    continue;
+                }
+                ToData::Certificate(pem) => {
+                    let now = self.config.certificate.as_ref();
+                    if let Some(Err(error)) = now.map(|now| now.replace(pem)) {
+                        tracing::error!(%error, "the old certificate stays");
+                    }
+                    Ok(())
                 }
                 ToData::Open => {
                     opening = true;
                     Ok(())
                 }
-                ToData::Drain { deadline } => {
-                    self.drain(deadline).await;
+                ToData::Drain { deadline, at_rest } => {
+                    self.drain(deadline, at_rest).await;
                     Ok(())
                 }
                 ToData::Tenant {
@@ -589,7 +598,7 @@ impl Desk {
         })
     }
 
-    fn collect(&mut self) -> Collected {
+    fn collect(&mut self, what: Collect, control_cpu_ns: u64) -> Collected {
         for (id, tenant) in &mut self.tenants {
             let metrics = &tenant.entry.metrics;
             let memory = &tenant.entry.memory;
@@ -610,7 +619,8 @@ impl Desk {
         let memory = &self.memory;
         self.metrics
             .set_guest_memory(memory.used_bytes(), memory.budget_bytes());
-        self.metrics.raise_host_cpu_ns_to(self.pool.host_cpu_ns());
+        self.metrics
+            .raise_host_cpu_ns_to(self.pool.host_cpu_ns() + control_cpu_ns);
         let mut usage = Vec::new();
         let mut versions = Vec::new();
         let now = Instant::now();
@@ -633,7 +643,7 @@ impl Desk {
             usage,
             versions,
             broken: self.look_after_programs(now),
-            metrics: self.metrics.expose(),
+            metrics: (what == Collect::Families).then(|| self.metrics.expose()),
         };
         self.close_idle_stores(now);
         collected
@@ -679,7 +689,10 @@ impl Desk {
             .collect()
     }
 
-    async fn drain(&self, deadline: Duration) {
+    async fn drain(&self, deadline: Duration, at_rest: AtRest) {
+        if at_rest == AtRest::AnswerOnce {
+            self.ingress.retire();
+        }
         self.phase.send_replace(Phase::Draining);
         self.pool.wake_all();
         let until = Instant::now() + deadline;
@@ -700,6 +713,19 @@ impl Desk {
     fn busy(&self) -> bool {
         self.pool.jobs() > 0 || self.ingress.connections() > 0
     }
+}
+
+/// Records of one message: of the longest lines they are a few megabytes.
+const RECORDS_AT_ONCE: usize = 512;
+
+/// Records as reports of a size that fits the link.
+fn in_parts(mut records: Vec<LogRecord>) -> Vec<FromData> {
+    let mut parts = Vec::with_capacity(records.len().div_ceil(RECORDS_AT_ONCE));
+    while !records.is_empty() {
+        let rest = records.split_off(records.len().min(RECORDS_AT_ONCE));
+        parts.push(FromData::Logs(std::mem::replace(&mut records, rest)));
+    }
+    parts
 }
 
 const DRAIN_POLL: Duration = Duration::from_millis(5);

@@ -3,6 +3,8 @@
 //! * [`config`]: what the host runs with
 //! * [`machines`]: full guests, a process each
 //! * [`messages`]: all that crosses between control and data
+//! * [`link`]: how it crosses
+//! * [`process`]: the data plane as a process of its own
 //! * [`engine`]: the only place that names wasmtime
 //! * [`pool`]: worker threads and the dispatcher that polls guests in the scheduler's order
 //! * [`ingress`]: HTTP from clients
@@ -13,17 +15,21 @@
 //! * [`storage`]: volumes and their quotas
 //! * [`tls`]: certificates of the listeners
 //! * [`serve`]: both planes, started and drained
+//! * [`handover`]: from one host to the next, in place
 #![deny(unsafe_code)]
 
 pub mod config;
 pub mod control;
 pub mod data;
 pub mod engine;
+pub mod handover;
 pub mod ingress;
+pub mod link;
 pub mod machines;
 pub mod messages;
 pub mod outbound;
 pub mod pool;
+pub mod process;
 pub mod serve;
 pub mod state;
 pub mod storage;

@@ -6,6 +6,9 @@
 //!    └── looked at every second by `insula-tls` (Watch)
 //! ```
 //!
+//! The ingress is in the data process, which reaches no file: control looks after the files and
+//! hands over what they hold ([`Pem`]).
+//!
 //! A handshake takes the configuration that is there when it begins; connections keep theirs. When
 //! what the files hold does not fit together, which is so for a moment while somebody replaces
 //! both, the old certificate stays and the files are looked at again.
@@ -27,6 +30,7 @@ use rustls::crypto::ring;
 use rustls::pki_types::pem::{self, PemObject};
 use rustls::pki_types::{CertificateDer, PrivateKeyDer};
 use rustls::{ServerConfig, SupportedProtocolVersion, version};
+use serde::{Deserialize, Serialize};
 use tokio::net::TcpStream;
 use tokio_rustls::TlsAcceptor;
 
@@ -47,6 +51,21 @@ pub struct TlsFiles {
     pub certificate: PathBuf,
     /// Its private key.
     pub key: PathBuf,
+}
+
+/// What such files hold.
+#[derive(Clone, Serialize, Deserialize)]
+pub struct Pem {
+    /// Certificates.
+    pub certificate: Vec<u8>,
+    /// The key of the first.
+    pub key: Vec<u8>,
+}
+
+impl std::fmt::Debug for Pem {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Pem(..)")
+    }
 }
 
 /// What a listener is for.
@@ -128,12 +147,22 @@ fn seen(path: &Path) -> Seen {
     Some((found.ino(), found.len(), found.mtime(), found.mtime_nsec()))
 }
 
+/// A certificate as it is used, and as it was read.
+#[derive(Debug)]
+struct Loaded {
+    config: Arc<ServerConfig>,
+    pem: Pem,
+    /// How many there were before.
+    generation: u64,
+}
+
 /// See the module's documentation.
 #[derive(Debug)]
 pub struct Certificate {
+    /// Where it is read from; for one that was handed over, what errors call it.
     files: TlsFiles,
     usage: Use,
-    current: ArcSwap<ServerConfig>,
+    current: ArcSwap<Loaded>,
     /// As the files were when they were last looked at.
     seen: Mutex<(Seen, Seen)>,
 }
@@ -145,13 +174,61 @@ impl Certificate {
     /// [`TlsError`].
     pub fn open(files: TlsFiles, usage: Use) -> Result<Arc<Self>, TlsError> {
         let now = (seen(&files.certificate), seen(&files.key));
-        let current = read(&files, usage)?;
+        let pem = read(&files)?;
+        Self::new(files, usage, pem, now)
+    }
+
+    /// Takes what was read elsewhere.
+    ///
+    /// # Errors
+    /// [`TlsError`].
+    pub fn handed_over(pem: Pem, usage: Use) -> Result<Arc<Self>, TlsError> {
+        let files = TlsFiles {
+            certificate: PathBuf::from("the certificate"),
+            key: PathBuf::from("its key"),
+        };
+        Self::new(files, usage, pem, (None, None))
+    }
+
+    fn new(
+        files: TlsFiles,
+        usage: Use,
+        pem: Pem,
+        now: (Seen, Seen),
+    ) -> Result<Arc<Self>, TlsError> {
+        let loaded = Loaded {
+            config: Arc::new(configure(&files, &pem, usage)?),
+            pem,
+            generation: 0,
+        };
         Ok(Arc::new(Self {
-            current: ArcSwap::new(Arc::new(current)),
+            current: ArcSwap::new(Arc::new(loaded)),
             seen: Mutex::new(now),
             files,
             usage,
         }))
+    }
+
+    /// Another certificate for all handshakes from now on.
+    ///
+    /// # Errors
+    /// [`TlsError`]; the old one stays.
+    pub fn replace(&self, pem: Pem) -> Result<(), TlsError> {
+        let config = Arc::new(configure(&self.files, &pem, self.usage)?);
+        let generation = self.current.load().generation + 1;
+        self.current.store(Arc::new(Loaded {
+            config,
+            pem,
+            generation,
+        }));
+        Ok(())
+    }
+
+    /// What is in use, and how many there were before.
+    #[must_use]
+    pub fn pem(&self) -> (u64, Pem) {
+        let current = self.current.load();
+        (current.generation, current.pem.clone())
     }
 
     /// Makes a connection secure.
@@ -159,7 +236,7 @@ impl Certificate {
     /// # Errors
     /// [`HandshakeError`].
     pub async fn handshake(&self, stream: TcpStream) -> Result<TlsStream, HandshakeError> {
-        let acceptor = TlsAcceptor::from(self.current.load_full());
+        let acceptor = TlsAcceptor::from(Arc::clone(&self.current.load().config));
         match tokio::time::timeout(HANDSHAKE_TIMEOUT, acceptor.accept(stream)).await {
             Ok(accepted) => Ok(accepted?),
             Err(_) => Err(HandshakeError::Timeout),
@@ -179,7 +256,7 @@ impl Certificate {
         if before == now {
             return Ok(false);
         }
-        self.current.store(Arc::new(read(&self.files, self.usage)?));
+        self.replace(read(&self.files)?)?;
         Ok(true)
     }
 }
@@ -192,15 +269,21 @@ pub fn server_name(stream: &TlsStream) -> Option<Arc<str>> {
     Some(name.to_ascii_lowercase().into())
 }
 
-fn read(files: &TlsFiles, usage: Use) -> Result<ServerConfig, TlsError> {
+fn read(files: &TlsFiles) -> Result<Pem, TlsError> {
+    Ok(Pem {
+        certificate: small(&files.certificate)?,
+        key: small(&files.key)?,
+    })
+}
+
+fn configure(files: &TlsFiles, pem: &Pem, usage: Use) -> Result<ServerConfig, TlsError> {
     let wrong = |path: &Path, what| {
         let path = path.to_owned();
         move |source| TlsError::Pem { path, what, source }
     };
-    let text = small(&files.certificate)?;
-    let chain: Result<Vec<_>, _> = CertificateDer::pem_slice_iter(&text).collect();
+    let chain: Result<Vec<_>, _> = CertificateDer::pem_slice_iter(&pem.certificate).collect();
     let chain = chain.map_err(wrong(&files.certificate, "certificate"))?;
-    let key = PrivateKeyDer::from_pem_slice(&small(&files.key)?);
+    let key = PrivateKeyDer::from_pem_slice(&pem.key);
     let key = key.map_err(wrong(&files.key, "private key"))?;
     let refused = |source| TlsError::Refused {
         certificate: files.certificate.clone(),

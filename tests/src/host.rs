@@ -277,67 +277,93 @@ impl TestHost {
         self.admin().get(&format!("/v1/tenants/{tenant}/usage"))
     }
 
-    /// The process's id.
+    /// The id of the process that was started: control's.
     #[must_use]
     pub fn pid(&self) -> u32 {
         self.process(|process| process.child.id())
     }
 
-    fn proc_file(&self, name: &str) -> String {
-        let path = format!("/proc/{}/{name}", self.pid());
-        fs::read_to_string(&path).unwrap_or_else(|error| panic!("{path}: {error}"))
+    /// The id of the process that serves requests.
+    ///
+    /// # Panics
+    /// When there is none within a few seconds.
+    #[must_use]
+    pub fn data_pid(&self) -> u32 {
+        let control = self.pid();
+        until(Duration::from_secs(5), "there is a data process", || {
+            data_process_of(control).ok_or_else(|| "none".to_owned())
+        })
     }
 
-    /// CPU time of the process and of its children that have ended, from the kernel's books.
+    /// Kills the process that serves requests, at once.
+    pub fn kill_data(&self) {
+        let pid = i32::try_from(self.data_pid()).ok().and_then(Pid::from_raw);
+        let _ = kill_process(pid.expect("a pid"), Signal::KILL);
+    }
+
+    /// The processes that a host is made of.
+    #[must_use]
+    pub fn pids(&self) -> [u32; 2] {
+        [self.pid(), self.data_pid()]
+    }
+
+    /// CPU time of the host's processes and of its children that have ended, from the kernel's books.
     ///
     /// # Panics
     /// When the kernel's file is not as `proc(5)` has it.
     #[must_use]
     pub fn cpu_seconds(&self) -> f64 {
-        let stat = self.proc_file("stat");
-        // Fields 14 to 17, counted after the name, which may hold anything; it is field 2.
-        let (_, fields) = stat.rsplit_once(')').expect("proc(5)");
-        let fields = fields.split_whitespace().skip(11).take(4);
-        let ticks = fields.map(|field| field.parse::<f64>().expect("proc(5)"));
-        ticks.sum::<f64>() / TICKS_PER_SECOND
+        let ticks = self.pids().map(|pid| {
+            let stat = proc_file(pid, "stat");
+            // Fields 14 to 17, counted after the name, which may hold anything; it is field 2.
+            let (_, fields) = stat.rsplit_once(')').expect("proc(5)");
+            let fields = fields.split_whitespace().skip(11).take(4);
+            let ticks = fields.map(|field| field.parse::<f64>().expect("proc(5)"));
+            ticks.sum::<f64>()
+        });
+        ticks.iter().sum::<f64>() / TICKS_PER_SECOND
     }
 
-    /// Memory that the process has in RAM.
+    /// Memory that the host's processes have in RAM.
     ///
     /// # Panics
     /// When the kernel's file is not as `proc(5)` has it.
     #[must_use]
     pub fn rss_bytes(&self) -> u64 {
-        let status = self.proc_file("status");
-        let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:"));
-        let kib = line.and_then(|rest| rest.split_whitespace().next()?.parse::<u64>().ok());
-        kib.expect("proc(5)") * 1024
+        let kib = self.pids().map(|pid| {
+            let status = proc_file(pid, "status");
+            let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:"));
+            let kib = line.and_then(|rest| rest.split_whitespace().next()?.parse::<u64>().ok());
+            kib.expect("proc(5)")
+        });
+        kib.iter().sum::<u64>() * 1024
     }
 
-    /// Threads of the process.
+    /// Threads of the host's processes.
     ///
     /// # Panics
     /// When they cannot be counted.
     #[must_use]
     pub fn threads(&self) -> usize {
-        let dir = format!("/proc/{}/task", self.pid());
-        fs::read_dir(dir).expect("proc(5)").count()
+        let threads = |pid| fs::read_dir(format!("/proc/{pid}/task")).expect("proc(5)");
+        self.pids().map(|pid| threads(pid).count()).iter().sum()
     }
 
-    /// Mappings of the process.
+    /// Mappings of the host's processes.
     #[must_use]
     pub fn mappings(&self) -> usize {
-        self.proc_file("maps").lines().count()
+        let mappings = |pid| proc_file(pid, "maps").lines().count();
+        self.pids().map(mappings).iter().sum()
     }
 
-    /// Open files of the process.
+    /// Open files of the host's processes.
     ///
     /// # Panics
     /// When they cannot be counted.
     #[must_use]
     pub fn open_files(&self) -> usize {
-        let dir = format!("/proc/{}/fd", self.pid());
-        fs::read_dir(dir).expect("proc(5)").count()
+        let open = |pid| fs::read_dir(format!("/proc/{pid}/fd")).expect("proc(5)");
+        self.pids().map(|pid| open(pid).count()).iter().sum()
     }
 
     /// Whether the process is there.
@@ -428,6 +454,21 @@ impl TestHost {
         assert!(ended.is_none(), "it ended by itself:\n{}", self.said());
     }
 
+    /// Starts another host in the same directory, which takes over, and waits for the end of this one.
+    ///
+    /// # Panics
+    /// When either does not do its part.
+    pub fn upgrade(&self) {
+        let shared = &self.shared;
+        let next = Process::start(shared.root.path(), &shared.start);
+        let mut last = lock(&shared.process)
+            .replace(next)
+            .expect("a host that runs");
+        let status = last.wait(END_WITHIN);
+        lock(&shared.said).push_str(&lock(&last.log));
+        assert!(status.success(), "it ended with {status}:\n{}", self.said());
+    }
+
     /// Files in a folder of the data directory, and below it.
     #[must_use]
     pub fn files(&self, folder: &str) -> Vec<PathBuf> {
@@ -448,6 +489,29 @@ impl TestHost {
         found.sort();
         found
     }
+}
+
+fn proc_file(pid: u32, name: &str) -> String {
+    let path = format!("/proc/{pid}/{name}");
+    fs::read_to_string(&path).unwrap_or_else(|error| panic!("{path}: {error}"))
+}
+
+/// The child of a host that is its data plane, by what it was started as.
+fn data_process_of(control: u32) -> Option<u32> {
+    let children = fs::read_dir(format!("/proc/{control}/task")).ok()?;
+    let children = children.flatten().filter_map(|task| {
+        // proc(5): the children that this thread made.
+        fs::read_to_string(task.path().join("children")).ok()
+    });
+    let children: Vec<String> = children.collect();
+    children
+        .iter()
+        .flat_map(|line| line.split_whitespace())
+        .filter_map(|pid| pid.parse().ok())
+        .find(|pid| {
+            let started_as = fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+            started_as.split(|byte| *byte == 0).nth(1) == Some(b"data-plane")
+        })
 }
 
 impl Process {

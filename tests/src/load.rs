@@ -132,6 +132,15 @@ pub fn answers(count: u64, connections: usize, request: &Request) -> Vec<Answer>
     })
 }
 
+/// Sends a request from so many connections at once for as long as `more` says so.
+///
+/// # Panics
+/// When the host does not take a connection.
+#[must_use]
+pub fn as_long_as(more: impl Fn() -> bool + Sync, connections: usize, request: &Request) -> Load {
+    from_threads(connections, || send(request, &more))
+}
+
 /// Sends a request for so long, from so many connections at once.
 ///
 /// # Panics

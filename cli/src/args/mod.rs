@@ -18,8 +18,8 @@ pub(crate) use resources::{
     VersionsVerb, VolumesVerb,
 };
 pub(crate) use work::{
-    BackupArgs, BuildArgs, CompileArgs, DeployArgs, DoctorArgs, NewArgs, RestoreArgs, ServeArgs,
-    Template, UpArgs,
+    BackupArgs, BuildArgs, CompileArgs, DataPlaneArgs, DeployArgs, DoctorArgs, NewArgs,
+    RestoreArgs, ServeArgs, Template, UpArgs,
 };
 
 /// Many tenants' WebAssembly services on one machine, metered and limited.
@@ -87,6 +87,9 @@ pub(crate) enum Verb {
     /// Compile one component from stdin to stdout, within limits; the host runs this as a child
     #[command(hide = true)]
     CompileComponent(CompileArgs),
+    /// Serve requests; the host runs this as a child
+    #[command(hide = true)]
+    DataPlane(DataPlaneArgs),
     /// Run one machine; the host starts this for each
     #[command(hide = true)]
     MachineMonitor(MonitorArgs),

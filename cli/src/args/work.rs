@@ -228,6 +228,13 @@ pub(crate) struct DoctorArgs {
 }
 
 #[derive(Debug, Args)]
+pub(crate) struct DataPlaneArgs {
+    /// As in `serve`.
+    #[arg(long, hide = true)]
+    pub(crate) log: String,
+}
+
+#[derive(Debug, Args)]
 pub(crate) struct CompileArgs {
     /// The engine reads its own arguments.
     #[arg(trailing_var_arg = true, allow_hyphen_values = true, hide = true)]

@@ -386,9 +386,14 @@ async fn mounts_of(control: &Control, service: &Service) -> Result<Vec<VolumeId>
     found.await.map_err(ApplyError::Files)
 }
 
-/// Tells data about a service, with the artefacts of the versions that it keeps ready. An artefact
-/// that is missing matters where its version has a share.
 async fn tell_service(control: &Control, service: &Service) -> Result<(), ApplyError> {
+    let intent = intent(control, service).await?;
+    Ok(control.link.apply(intent).await?)
+}
+
+/// What data is to know of a service, with the artefacts of the versions that it keeps ready. An
+/// artefact that is missing matters where its version has a share.
+pub(crate) async fn intent(control: &Control, service: &Service) -> Result<ToData, ApplyError> {
     let held = service.held.clone();
     let opened = control.files.run(move |files| {
         let open = |held: &Held| files.find(Kind::Artefact, &held.digest);
@@ -424,10 +429,7 @@ async fn tell_service(control: &Control, service: &Service) -> Result<(), ApplyE
         versions,
         mounts: mounts_of(control, service).await?,
     };
-    Ok(control
-        .link
-        .apply(ToData::Service(Box::new(intent)))
-        .await?)
+    Ok(ToData::Service(Box::new(intent)))
 }
 
 /// Compiles a stored component again when its artefact is missing: after a new engine, or when

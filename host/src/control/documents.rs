@@ -202,7 +202,7 @@ pub(super) fn without_secrets(mut document: Value) -> Value {
 pub(super) struct Urls {
     scheme: &'static str,
     domain: String,
-    port: Option<u16>,
+    port: u16,
 }
 
 impl Urls {
@@ -210,7 +210,7 @@ impl Urls {
         Self {
             scheme: control.config.ingress_scheme.as_str(),
             domain: control.config.domain.clone(),
-            port: control.ingress.get().map(|ingress| ingress.port()),
+            port: control.config.ingress.port(),
         }
     }
 
@@ -220,10 +220,10 @@ impl Urls {
         let (name, tenant, domain) = (&service.name, &service.tenant_name, &self.domain);
         let host = format!("{prefix}{name}.{tenant}.{domain}");
         match (self.scheme, self.port) {
-            (scheme, None) | (scheme @ "http", Some(80)) | (scheme @ "https", Some(443)) => {
+            (scheme @ "http", 80) | (scheme @ "https", 443) => {
                 format!("{scheme}://{host}/")
             }
-            (scheme, Some(port)) => format!("{scheme}://{host}:{port}/"),
+            (scheme, port) => format!("{scheme}://{host}:{port}/"),
         }
     }
 }

@@ -149,6 +149,22 @@ impl Ledger {
         std::mem::take(&mut self.pending)
     }
 
+    /// Takes what is to be stored by another host.
+    pub(crate) fn take_for_another(&mut self) -> Vec<UsageDelta> {
+        let pending = self.take_pending();
+        let delta = |((tenant, service), sum): ((TenantId, ServiceId), UsageTotals)| UsageDelta {
+            tenant,
+            service,
+            requests: sum.requests,
+            fuel: sum.fuel,
+            cpu_ns: sum.cpu_ns,
+            memory_byte_ms: u64::try_from(sum.memory_byte_ms).unwrap_or(u64::MAX),
+            bytes_in: sum.bytes_in,
+            bytes_out: sum.bytes_out,
+        };
+        pending.into_iter().map(delta).collect()
+    }
+
     /// Puts back what could not be stored.
     pub(crate) fn put_back(&mut self, pending: &Pending) {
         for (key, part) in pending {

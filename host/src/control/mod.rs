@@ -13,8 +13,9 @@
 //! of its own, so that a client that goes away does not leave a change half done.
 //!
 //! Failures: the store refuses → nothing happened, a problem says why. Data refuses an activation
-//! → it is taken back. Data does not answer → the change is stored and the problem says so. The
-//! host dies → the next start reconciles data with the store (`reconcile`).
+//! → it is taken back. Data dies → it is told everything again, the change with it (`link`). Data
+//! does not answer → the change is stored and the problem says so. The host dies → the next start
+//! reconciles data with the store (`reconcile`).
 //!
 //! *Invariant:* nothing on the control thread waits for a disk, a child or another thread.
 
@@ -29,6 +30,7 @@ use sha2::Digest as _;
 use tokio::sync::{Mutex, Semaphore, watch};
 use tokio::task::JoinSet;
 
+use crate::process::walls::Wall;
 use crate::state::{Blobs, Health, Store, StoreError, Timestamp, Worker};
 use crate::storage::Usage;
 
@@ -62,9 +64,12 @@ mod upload;
 pub use auth::AdminTokenError;
 pub use compile::{Compiler, Seal};
 pub use machines::{AtEnd, MachinesConfig};
-pub use start::{ControlConfig, ControlPlane, StartError, start};
+pub(crate) use start::Steps;
+pub use start::{ControlConfig, ControlPlane, StartError, listen, start};
 
-use problem::Problem;
+use problem::{Code, Problem};
+
+type StoreWorker = Worker<Box<dyn Store>>;
 
 /// Streams (logs, events) that are followed at once; they must not use up the connections.
 const STREAMS_MAX: usize = 64;
@@ -79,7 +84,7 @@ pub(crate) enum Readiness {
     Reconciling,
     /// All that is intended is served.
     Ready,
-    /// Data is gone.
+    /// Data has died, and another is on its way.
     DataGone,
     /// The host is draining.
     Stopping,
@@ -88,18 +93,20 @@ pub(crate) enum Readiness {
 /// What all handlers share. Lives on the control thread.
 pub(crate) struct Control {
     pub(crate) config: ControlConfig,
-    pub(crate) ingress: Cell<Option<SocketAddr>>,
     pub(crate) admin: SocketAddr,
     pub(crate) started: Timestamp,
     started_at: tokio::time::Instant,
     pub(crate) machine: machine::Machine,
     pub(crate) machines: machines::Room,
-    store: Worker<Box<dyn Store>>,
+    /// Until another host has taken over.
+    store: RefCell<Option<Rc<StoreWorker>>>,
     pub(crate) files: Worker<Blobs>,
     /// Whether the state still takes changes.
     pub(crate) health: Health,
     pub(crate) compilers: Rc<compile::Compilers>,
     pub(crate) link: link::DataLink,
+    /// Those of the data process that there is.
+    pub(crate) walls: RefCell<Vec<Wall>>,
     pub(crate) ledger: RefCell<ledger::Ledger>,
     /// What volumes take, as data counted it last.
     pub(crate) volumes: RefCell<HashMap<VolumeId, Usage>>,
@@ -141,7 +148,10 @@ impl Control {
         job: impl FnOnce(&mut dyn Store) -> Result<T, StoreError> + Send + 'static,
     ) -> Result<T, Problem> {
         let health = self.health.clone();
-        let answer = self.store.run(move |store| {
+        let worker = self.store.borrow().clone();
+        let gone = || Problem::new(Code::Stopping, "another host has taken over");
+        let worker = worker.ok_or_else(gone)?;
+        let answer = worker.run(move |store| {
             let answer = job(store.as_mut());
             // Before the next job: it must not write any more.
             if let Err(StoreError::Disk(reason)) = &answer {
@@ -150,6 +160,11 @@ impl Control {
             answer
         });
         Ok(answer.await??)
+    }
+
+    /// Lets go of the state. Nothing uses it any more but what waits for its end.
+    fn close_store(&self) {
+        self.store.take();
     }
 
     /// Starts a task that goes on when its starter goes away, and that the shutdown waits for.

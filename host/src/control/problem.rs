@@ -257,7 +257,7 @@ impl From<LinkError> for Problem {
                 tracing::error!(%refusal, "the data plane refused what the state admitted");
                 Self::new(Code::NotApplied, refusal)
             }
-            LinkError::Gone | LinkError::Timeout => {
+            LinkError::Gone | LinkError::Timeout | LinkError::File(_) => {
                 tracing::error!(%error, "a change is stored but not confirmed");
                 Self::new(
                     Code::DataUnavailable,

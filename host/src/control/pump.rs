@@ -8,7 +8,7 @@ use tokio::time::MissedTickBehavior;
 
 use super::link::Answered;
 use super::{Control, Readiness, deploy, reconcile};
-use crate::messages::{FromData, VersionDelta};
+use crate::messages::{DataEvent, FromData, ToData, VersionDelta};
 
 /// How often data is asked what it counted.
 const COLLECT_EVERY: Duration = Duration::from_secs(1);
@@ -21,34 +21,59 @@ struct Ending(Rc<Control>);
 impl Drop for Ending {
     fn drop(&mut self) {
         let control = &self.0;
-        control.link.close();
+        control.link.down(0);
         if control.readiness.get() != Readiness::Stopping {
-            tracing::error!("the data plane is gone");
+            tracing::error!("nothing keeps the data plane any more");
             control.readiness.set(Readiness::DataGone);
         }
     }
 }
 
-/// Takes reports until data is gone. Never waits for anything else: data's channel is bounded.
-pub(super) async fn pump(control: Rc<Control>, mut reports: mpsc::Receiver<FromData>) {
+/// Takes what is heard of data until its keeper is gone. Never waits for anything else: data's
+/// channel is bounded.
+pub(super) async fn pump(control: Rc<Control>, mut events: mpsc::Receiver<DataEvent>) {
     let _ending = Ending(Rc::clone(&control));
-    while let Some(report) = reports.recv().await {
-        match report {
-            FromData::Ready { ingress } => control.ingress.set(Some(ingress)),
-            FromData::Done { seq, result } => control.link.answer(seq, Answered::Done(result)),
-            FromData::Collected { seq, collected } => {
-                control.ledger.borrow_mut().absorb(&collected.usage);
-                control.volumes.borrow_mut().extend(collected.volumes);
-                judge(&control, &collected.versions);
-                for (tenant, service) in collected.broken {
-                    control.spawn(reconcile::mend(Rc::clone(&control), tenant, service));
+    while let Some(event) = events.recv().await {
+        match event {
+            DataEvent::Up { commands, walls } => {
+                control.link.up(commands);
+                control.walls.replace(walls);
+                // The first is told by the start, which fails where it cannot be.
+                if control.link.restarts() > 0 {
+                    reconcile::tell_again(&control);
                 }
-                control
-                    .link
-                    .answer(seq, Answered::Collected(collected.metrics));
             }
-            FromData::Logs(records) => control.logs.borrow().take(&records),
+            DataEvent::Says(report) => take(&control, report),
+            DataEvent::Inherited(usage) => control.ledger.borrow_mut().absorb(&usage),
+            DataEvent::Down { cpu_ns } => {
+                control.link.down(cpu_ns);
+                if control.readiness.get() != Readiness::Stopping {
+                    control.readiness.set(Readiness::DataGone);
+                    let reason = "it is started again; requests that it had are lost";
+                    control.events.host_because("host.data_died", reason);
+                }
+            }
         }
+    }
+}
+
+fn take(control: &Rc<Control>, report: FromData) {
+    match report {
+        FromData::Done { seq, result } => control.link.answer(seq, Answered::Done(result)),
+        FromData::Collected { seq, collected } => {
+            control.ledger.borrow_mut().absorb(&collected.usage);
+            control.volumes.borrow_mut().extend(collected.volumes);
+            judge(control, &collected.versions);
+            for (tenant, service) in collected.broken {
+                control.spawn(reconcile::mend(Rc::clone(control), tenant, service));
+            }
+            control
+                .link
+                .answer(seq, Answered::Collected(collected.metrics));
+        }
+        FromData::Logs(records) => control.logs.borrow().take(&records),
+        // Its keeper has heard these.
+        FromData::Ready(_) | FromData::Failed(_) | FromData::Asks { .. } => {}
     }
 }
 
@@ -73,6 +98,7 @@ pub(super) async fn tick(control: Rc<Control>) {
     let mut interval = tokio::time::interval(COLLECT_EVERY);
     interval.set_missed_tick_behavior(MissedTickBehavior::Delay);
     let mut ticks = 0u32;
+    let mut certificate = 0;
     // Whether the followers of events know that the state was stopped.
     let mut told = false;
     loop {
@@ -82,6 +108,7 @@ pub(super) async fn tick(control: Rc<Control>) {
         {
             tracing::warn!(%error, "usage was not collected");
         }
+        certificate = hand_over_certificate(&control, certificate).await;
         if !told && let Some(reason) = control.health.stopped() {
             control.events.host_because("host.state_stopped", reason);
             told = true;
@@ -99,6 +126,25 @@ pub(super) async fn tick(control: Rc<Control>) {
                 problem = problem.detail(),
                 "usage was not stored; kept for later"
             );
+        }
+    }
+}
+
+/// Gives data the ingress' certificate when it is another than the last time.
+async fn hand_over_certificate(control: &Control, last: u64) -> u64 {
+    let Some(certificate) = &control.config.ingress_certificate else {
+        return last;
+    };
+    let (generation, pem) = certificate.pem();
+    if generation == last {
+        return last;
+    }
+    // A data plane that is started meanwhile gets it from its keeper.
+    match control.link.apply(ToData::Certificate(pem)).await {
+        Ok(()) => generation,
+        Err(error) => {
+            tracing::warn!(%error, "the new certificate is not in use yet");
+            last
         }
     }
 }

@@ -1,11 +1,14 @@
-//! Making data serve what is intended, at the start.
+//! Making data serve what is intended: at the start, and when data was started again.
 //!
 //! 1. Stored usage becomes the ledger's beginning.
-//! 2. Files that nothing refers to are removed.
-//! 3. Every tenant and service is sent to data, with its artefact.
+//! 2. Files that nothing refers to are removed; machines that run are found.
+//! 3. Every tenant, volume and service is sent to data, with its directory or artefact.
 //! 4. A service whose artefact is missing (another engine or CPU) or refused (damaged) is sent
 //!    without a version; its component is compiled again in the background, and sent again.
 //! 5. Data is told to accept connections; when the last compilation is done, the host is ready.
+//!
+//! For a data plane that was started again it is 3 to 5. Changes go on meanwhile up to their commit,
+//! and are sent when all is told: what was read here before that commit is old, and is put right.
 
 use std::rc::Rc;
 
@@ -15,13 +18,13 @@ use super::api::volumes;
 use super::compile::Ticket;
 use super::deploy::{self, ApplyError};
 use super::http_types::PAGE_MAX;
-use super::link::LinkError;
+use super::link::{Life, LinkError};
 use super::problem::{Code, Problem};
 use super::{Control, Readiness};
 use crate::messages::{Refusal, ToData};
 use crate::state::{Page, Service, Tenant};
 
-/// Steps 1 to 3; what is left to compile goes on in the background.
+/// Steps 1 and 2, once; then the others, until a data plane knows everything.
 pub(super) async fn reconcile(control: &Rc<Control>) -> Result<(), Problem> {
     let stored = control.store(|store| store.usage()).await?;
     control.ledger.borrow_mut().load(stored);
@@ -45,6 +48,37 @@ pub(super) async fn reconcile(control: &Rc<Control>) -> Result<(), Problem> {
     }
     // Before the tenants: of their memory machines have a part.
     super::machines::find(control).await?;
+    loop {
+        let life = control.link.alive().await;
+        match tell(control, life).await {
+            // It died of it, perhaps; its keeper starts others, and says so.
+            Err(problem) if problem.code() == Code::DataUnavailable => {}
+            told => return told,
+        }
+    }
+}
+
+/// Tells a data plane that was started again, in the background. While that goes on, changes wait.
+pub(super) fn tell_again(control: &Rc<Control>) {
+    let background = Rc::clone(control);
+    control.spawn(async move {
+        let life = background.link.alive().await;
+        while let Err(problem) = tell(&background, life).await {
+            if !background.link.is(life) {
+                // Another task does this for the next one.
+                return;
+            }
+            tracing::error!(problem = problem.detail(), "cannot tell data what to serve");
+            tokio::time::sleep(TELL_PAUSE).await;
+        }
+    });
+}
+
+/// Pause before another attempt to read the state.
+const TELL_PAUSE: std::time::Duration = std::time::Duration::from_secs(1);
+
+/// Steps 3 to 5; what is left to compile goes on in the background.
+async fn tell(control: &Rc<Control>, life: Life) -> Result<(), Problem> {
     let mut broken = Vec::new();
     let mut page = Page {
         after: None,
@@ -54,18 +88,23 @@ pub(super) async fn reconcile(control: &Rc<Control>) -> Result<(), Problem> {
         let asked = page.clone();
         let tenants = control.store(move |store| store.tenants(&asked)).await?;
         for tenant in tenants.items {
-            send_tenant(control, &tenant, &mut broken).await?;
+            send_tenant(control, life, &tenant, &mut broken).await?;
         }
         page.after = tenants.next;
         if page.after.is_none() {
             break;
         }
     }
-    control.link.apply(ToData::Open).await?;
+    control.link.tell(life, ToData::Open).await?;
+    control.link.opened(life);
+    if control.readiness.get() == Readiness::Stopping {
+        return Ok(());
+    }
     if broken.is_empty() {
         control.readiness.set(Readiness::Ready);
         return Ok(());
     }
+    control.readiness.set(Readiness::Reconciling);
     tracing::warn!(
         services = broken.len(),
         "compiling again what has no usable artefact"
@@ -88,18 +127,19 @@ pub(super) async fn reconcile(control: &Rc<Control>) -> Result<(), Problem> {
 
 async fn send_tenant(
     control: &Rc<Control>,
+    life: Life,
     tenant: &Tenant,
     broken: &mut Vec<Service>,
 ) -> Result<(), Problem> {
     control.ledger.borrow_mut().add_tenant(tenant.id);
-    if let Err(error) = control.link.apply(control.envelope(tenant)).await {
+    if let Err(error) = control.link.tell(life, control.envelope(tenant)).await {
         let LinkError::Refused(refusal) = error else {
             return Err(error.into());
         };
         // For example: fewer workers than before, and the reservations exceed them now.
         tracing::error!(tenant = %tenant.name, %refusal, "data refused a tenant");
     }
-    send_volumes(control, tenant).await?;
+    send_volumes(control, life, tenant).await?;
     let mut page = Page {
         after: None,
         limit: PAGE_MAX,
@@ -110,7 +150,7 @@ async fn send_tenant(
             .store(move |store| store.services(&name, &asked))
             .await?;
         for service in services.items {
-            send_service(control, service, broken).await?;
+            send_service(control, life, service, broken).await?;
         }
         page.after = services.next;
         if page.after.is_none() {
@@ -119,15 +159,17 @@ async fn send_tenant(
     }
 }
 
-async fn send_volumes(control: &Rc<Control>, tenant: &Tenant) -> Result<(), Problem> {
+async fn send_volumes(control: &Rc<Control>, life: Life, tenant: &Tenant) -> Result<(), Problem> {
     for volume in control.all_volumes(&tenant.name).await? {
-        volumes::apply(control, &volume).await?;
+        let intent = volumes::intent(control, &volume).await?;
+        control.link.tell(life, intent).await?;
     }
     Ok(())
 }
 
 async fn send_service(
     control: &Rc<Control>,
+    life: Life,
     service: Service,
     broken: &mut Vec<Service>,
 ) -> Result<(), Problem> {
@@ -136,7 +178,7 @@ async fn send_service(
         .borrow_mut()
         .add_service(service.tenant, service.id);
     control.logs.borrow_mut().add_service(service.id);
-    match deploy::apply_service(control, &service).await {
+    match tell_service(control, life, &service).await {
         Ok(()) => Ok(()),
         Err(ApplyError::Link(LinkError::Refused(refusal))) => {
             tracing::warn!(service = %service.id, %refusal, "a service is not served yet");
@@ -145,7 +187,7 @@ async fn send_service(
                 held: Vec::new(),
                 ..service.clone()
             };
-            if let Err(error) = deploy::apply_service(control, &dark).await {
+            if let Err(error) = tell_service(control, life, &dark).await {
                 tracing::error!(service = %service.id, %error, "data refused a service");
             }
             if matches!(
@@ -158,6 +200,11 @@ async fn send_service(
         }
         Err(error) => Err(error.into()),
     }
+}
+
+async fn tell_service(control: &Control, life: Life, service: &Service) -> Result<(), ApplyError> {
+    let intent = deploy::intent(control, service).await?;
+    Ok(control.link.tell(life, intent).await?)
 }
 
 async fn recompile(control: &Rc<Control>, broken: &Service) -> Result<(), Problem> {

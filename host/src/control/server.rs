@@ -25,6 +25,7 @@ use super::auth::{self, Need};
 use super::http_types::{Body, Call};
 use super::problem::{Answer, Problem};
 use super::router;
+use super::start::Stop;
 
 /// Connections at once.
 const CONNECTIONS_MAX: usize = 256;
@@ -43,14 +44,14 @@ const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 pub(super) async fn serve(
     control: Rc<Control>,
     listener: TcpListener,
-    mut stop: oneshot::Receiver<Duration>,
-) -> Duration {
+    mut stop: oneshot::Receiver<Stop>,
+) -> Stop {
     let permits = Arc::new(Semaphore::new(CONNECTIONS_MAX));
     let mut connections = JoinSet::new();
-    let drain = loop {
+    let stop = loop {
         // A connection that is accepted in the very moment of the stop is closed unread.
         tokio::select! {
-            drain = &mut stop => break drain.unwrap_or(Duration::ZERO),
+            stop = &mut stop => break stop.unwrap_or_default(),
             accepted = accept(&listener, &permits) => {
                 let Some((stream, peer, permit)) = accepted else { continue };
                 let control = Rc::clone(&control);
@@ -74,7 +75,7 @@ pub(super) async fn serve(
         );
     }
     connections.shutdown().await;
-    drain
+    stop
 }
 
 /// The permit comes first: without one, connections wait in the kernel's queue.

@@ -18,7 +18,7 @@ use super::machine::Machine;
 use super::machines::{self, MachinesConfig, Told};
 use super::{Control, Readiness, STREAMS_MAX, pump, reconcile, server};
 use crate::config::UrlScheme;
-use crate::messages::{Command, FromData};
+use crate::messages::{AtRest, DataEvent, UsageDelta};
 use crate::state::sqlite::OpenError;
 use crate::state::{Blobs, DataDir, Health, SqliteStore, Store, Timestamp, Worker};
 use crate::tls::Certificate;
@@ -26,10 +26,12 @@ use crate::tls::Certificate;
 /// What control is started with.
 #[derive(Clone)]
 pub struct ControlConfig {
-    /// The admin listener.
-    pub admin: SocketAddr,
     /// What makes it speak TLS; needed where `admin` is not a loopback address.
     pub certificate: Option<Arc<Certificate>>,
+    /// Where data's listeners are.
+    pub ingress: SocketAddr,
+    /// What makes them speak TLS: handed over to data when it changes.
+    pub ingress_certificate: Option<Arc<Certificate>>,
     /// How URLs of services begin.
     pub ingress_scheme: UrlScheme,
     /// Services answer on `<service>.<tenant>.<domain>`.
@@ -64,7 +66,7 @@ impl ControlConfig {
 impl std::fmt::Debug for ControlConfig {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("ControlConfig")
-            .field("admin", &self.admin)
+            .field("domain", &self.domain)
             .finish_non_exhaustive()
     }
 }
@@ -104,7 +106,7 @@ pub enum StartError {
 #[derive(Debug)]
 pub struct ControlPlane {
     admin: SocketAddr,
-    stop: Option<oneshot::Sender<Duration>>,
+    stop: Option<oneshot::Sender<Stop>>,
     thread: Option<JoinHandle<()>>,
 }
 
@@ -117,14 +119,38 @@ impl ControlPlane {
 
     /// Stops; see [`start`]. Blocks until the state is closed.
     pub fn shutdown(mut self, drain: Duration) {
-        self.end(drain);
+        let handover = None;
+        self.stop(Stop { drain, handover });
+        self.end();
     }
 
-    fn end(&mut self, drain: Duration) {
-        if let Some(stop) = self.stop.take() {
-            // Gone already: the thread ended by itself.
-            let _ = stop.send(drain);
+    /// Begins to stop in favour of another host; to be ended by dropping this.
+    pub(crate) fn hand_over(&mut self, drain: Duration) -> Steps {
+        let (released, steps_released) = oneshot::channel();
+        let (steps_serves, serves) = oneshot::channel();
+        let (usage, steps_usage) = oneshot::channel();
+        let handover = Some(Handover {
+            released,
+            serves,
+            usage,
+        });
+        self.stop(Stop { drain, handover });
+        Steps {
+            released: steps_released,
+            serves: steps_serves,
+            usage: steps_usage,
         }
+    }
+
+    fn stop(&mut self, stop: Stop) {
+        if let Some(sender) = self.stop.take() {
+            // Gone already: the thread ended by itself.
+            let _ = sender.send(stop);
+        }
+    }
+
+    fn end(&mut self) {
+        self.stop(Stop::default());
         if let Some(thread) = self.thread.take()
             && thread.join().is_err()
         {
@@ -135,7 +161,55 @@ impl ControlPlane {
 
 impl Drop for ControlPlane {
     fn drop(&mut self) {
-        self.end(Duration::ZERO);
+        self.end();
+    }
+}
+
+/// How to stop.
+#[derive(Debug, Default)]
+pub(crate) struct Stop {
+    drain: Duration,
+    /// In favour of another host.
+    handover: Option<Handover>,
+}
+
+/// What a handover waits for, as control sees it.
+#[derive(Debug)]
+struct Handover {
+    /// The state is closed and unlocked.
+    released: oneshot::Sender<()>,
+    /// The other host serves.
+    serves: oneshot::Receiver<()>,
+    /// What was used since the state was closed.
+    usage: oneshot::Sender<Vec<UsageDelta>>,
+}
+
+/// The other ends.
+#[derive(Debug)]
+pub(crate) struct Steps {
+    pub(crate) released: oneshot::Receiver<()>,
+    pub(crate) serves: oneshot::Sender<()>,
+    pub(crate) usage: oneshot::Receiver<Vec<UsageDelta>>,
+}
+
+/// Opens the listener of the admin API.
+///
+/// # Errors
+/// [`StartError::Listen`], [`StartError::Exposed`].
+pub fn listen(
+    address: SocketAddr,
+    certificate: Option<&Arc<Certificate>>,
+) -> Result<std::net::TcpListener, StartError> {
+    exposed(address, certificate)?;
+    let failed = |source| StartError::Listen { address, source };
+    std::net::TcpListener::bind(address).map_err(failed)
+}
+
+fn exposed(address: SocketAddr, certificate: Option<&Arc<Certificate>>) -> Result<(), StartError> {
+    if address.ip().is_loopback() || certificate.is_some() {
+        Ok(())
+    } else {
+        Err(StartError::Exposed(address))
     }
 }
 
@@ -149,13 +223,16 @@ impl Drop for ControlPlane {
 /// 3. What data counted last is collected and stored.
 /// 4. The threads of state, files and compilers are joined, which closes the database.
 ///
+/// In favour of another host ([`crate::handover`]) it is 1, 3 and 4 first, then the other host's turn,
+/// then 2, and 3 once more, for the other host.
+///
 /// # Errors
 /// [`StartError`].
 pub fn start(
     config: ControlConfig,
     data: DataDir,
-    commands: mpsc::Sender<Command>,
-    reports: mpsc::Receiver<FromData>,
+    events: mpsc::Receiver<DataEvent>,
+    listener: std::net::TcpListener,
 ) -> Result<ControlPlane, StartError> {
     let (started, start) = std::sync::mpsc::sync_channel(1);
     let (stop, stopped) = oneshot::channel();
@@ -169,15 +246,13 @@ pub fn start(
             let result = runtime.map_err(StartError::from).and_then(|runtime| {
                 local.block_on(
                     &runtime,
-                    run(config, &data, (commands, reports), &started, stopped),
+                    run(config, data, (events, listener), &started, stopped),
                 )
             });
             if let Err(error) = result {
                 // The starter waits for this.
                 let _ = started.send(Err(error));
             }
-            // The lock on the data directory goes last.
-            drop(data);
         })?;
     let admin = match start.recv() {
         Ok(Ok(admin)) => admin,
@@ -196,83 +271,120 @@ pub fn start(
     })
 }
 
-type Channels = (mpsc::Sender<Command>, mpsc::Receiver<FromData>);
 type Started = std::sync::mpsc::SyncSender<Result<SocketAddr, StartError>>;
 
 /// The whole life of the control thread.
 async fn run(
     config: ControlConfig,
-    data: &DataDir,
-    (commands, reports): Channels,
+    // Dropped last: with it goes the lock.
+    data: DataDir,
+    (events, listener): (mpsc::Receiver<DataEvent>, std::net::TcpListener),
     started: &Started,
-    stopped: oneshot::Receiver<Duration>,
+    stopped: oneshot::Receiver<Stop>,
 ) -> Result<(), StartError> {
-    let (control, listener, told) = open(config, data, commands).await?;
+    let (control, listener, told) = open(config, &data, listener)?;
     let mut background = JoinSet::new();
     background.spawn_local(machines::pump(Rc::clone(&control), told));
     background.spawn_local(machines::share(Rc::clone(&control)));
-    background.spawn_local(pump::pump(Rc::clone(&control), reports));
+    background.spawn_local(pump::pump(Rc::clone(&control), events));
     let reconciled = reconcile::reconcile(&control).await;
     reconciled.map_err(|problem| {
         control.readiness.set(Readiness::Stopping);
         StartError::Reconcile(problem.detail().to_owned())
     })?;
-    control.link.started();
-    background.spawn_local(pump::tick(Rc::clone(&control)));
+    let tick = background.spawn_local(pump::tick(Rc::clone(&control)));
     tracing::info!(admin = %control.admin, "the admin API is ready");
     // The starter waits for this.
     let _ = started.send(Ok(control.admin));
 
-    let drain = server::serve(Rc::clone(&control), listener, stopped).await;
+    let Stop { drain, handover } = server::serve(Rc::clone(&control), listener, stopped).await;
     control.readiness.set(Readiness::Stopping);
     control.compilers.stop();
     control.leave_machines().await;
     control.finish_tasks().await;
-    if let Err(error) = control.link.drain(drain).await {
-        tracing::warn!(%error, "the data plane did not drain");
-    }
-    if let Err(error) = control.link.collect().await {
-        tracing::warn!(%error, "the last second of usage was not collected");
-    }
-    if let Err(problem) = control.checkpoint().await {
-        tracing::error!(problem = problem.detail(), "the last usage was not stored");
+    match handover {
+        None => {
+            drained(&control, drain, AtRest::Close).await;
+            checkpoint(&control).await;
+        }
+        Some(handover) => {
+            tick.abort();
+            hand_over(&control, data, drain, handover).await;
+        }
     }
     background.shutdown().await;
     Ok(())
 }
 
+/// Lets data finish, and takes what it counted.
+async fn drained(control: &Control, drain: Duration, at_rest: AtRest) {
+    if let Err(error) = control.link.drain(drain, at_rest).await {
+        tracing::warn!(%error, "the data plane did not drain");
+    }
+    collect(control).await;
+}
+
+async fn collect(control: &Control) {
+    if let Err(error) = control.link.collect().await {
+        tracing::warn!(%error, "the last second of usage was not collected");
+    }
+}
+
+async fn checkpoint(control: &Control) {
+    if let Err(problem) = control.checkpoint().await {
+        tracing::error!(problem = problem.detail(), "the last usage was not stored");
+    }
+}
+
+/// The state goes first, then the connections.
+async fn hand_over(control: &Control, data: DataDir, drain: Duration, handover: Handover) {
+    collect(control).await;
+    checkpoint(control).await;
+    control.close_store();
+    drop(data);
+    // Where nobody waits for these any more, the other host is gone, which `serves` tells.
+    let _ = handover.released.send(());
+    let at_rest = match handover.serves.await {
+        Ok(()) => AtRest::AnswerOnce,
+        Err(_) => {
+            tracing::error!("the host that was to take over does not serve; this one ends");
+            AtRest::Close
+        }
+    };
+    drained(control, drain, at_rest).await;
+    let usage = control.ledger.borrow_mut().take_for_another();
+    let _ = handover.usage.send(usage);
+}
+
 /// Opens the state and the listener.
-async fn open(
+fn open(
     config: ControlConfig,
     data: &DataDir,
-    commands: mpsc::Sender<Command>,
+    listener: std::net::TcpListener,
 ) -> Result<(Rc<Control>, TcpListener, Told), StartError> {
-    let address = config.admin;
-    if !address.ip().is_loopback() && config.certificate.is_none() {
-        return Err(StartError::Exposed(address));
-    }
     let health = Health::default();
     let mut store: Box<dyn Store> = Box::new(SqliteStore::open(data, health.clone())?);
     let files = Blobs::open(data, &config.compatibility, health.clone())?;
     let now = Timestamp::now();
     auth::ensure_admin_token(data, store.as_mut(), now)?;
-    let listen = |source| StartError::Listen { address, source };
-    let listener = TcpListener::bind(address).await.map_err(listen)?;
-    let admin = listener.local_addr().map_err(listen)?;
+    let admin = listener.local_addr()?;
+    exposed(admin, config.certificate.as_ref())?;
+    listener.set_nonblocking(true)?;
+    let listener = TcpListener::from_std(listener)?;
     let (machines, told) = machines::Room::open(data, config.machines.clone())?;
     let control = Control {
         machines,
         compilers: Rc::new(Compilers::start(&config.compiler, &config.seal)?),
         config,
-        ingress: std::cell::Cell::new(None),
         admin,
         started: now,
         started_at: tokio::time::Instant::now(),
         machine: Machine::look(),
-        store: Worker::start("insula-state", store)?,
+        store: std::cell::RefCell::new(Some(Rc::new(Worker::start("insula-state", store)?))),
         files: Worker::start("insula-files", files)?,
         health,
-        link: DataLink::new(commands),
+        link: DataLink::new(),
+        walls: Default::default(),
         ledger: Default::default(),
         volumes: Default::default(),
         trials: Default::default(),

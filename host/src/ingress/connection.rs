@@ -5,12 +5,14 @@
 //! nothing of them is in the cache: 40 µs a request instead of 32. So a worker that has a few more
 //! than the one with the fewest hands what it accepts on to that one.
 
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::cell::Cell;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use arc_swap::ArcSwap;
-use http::HeaderValue;
+use http::header::CONNECTION;
+use http::{HeaderValue, Version};
 use hyper::service::service_fn;
 use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::server::conn::auto;
@@ -23,7 +25,7 @@ use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
 use tokio::sync::watch;
 
 use super::billing::Billed;
-use super::guarded_io::{Ended, GuardedIo, Timeouts};
+use super::guarded_io::{ConnectionHandle, Ended, GuardedIo, Timeouts};
 use super::handle::{Origin, Transport, handle};
 use super::routes::RouteTable;
 use crate::pool::Pool;
@@ -34,6 +36,12 @@ const NO_ADDRESS: HeaderValue = HeaderValue::from_static("unknown");
 
 /// Connections that a host holds at once.
 const CONNECTIONS_MAX: usize = 20_000;
+/// A client that keeps a connection, and asks nothing for so long, is let go when data drains in
+/// favour of another: far more than what a request takes that is on its way.
+const REST_MAX: Duration = Duration::from_secs(5);
+/// How often it is looked whether it asks.
+const REST_LOOK: Duration = Duration::from_millis(100);
+const CLOSE: HeaderValue = HeaderValue::from_static("close");
 /// Pause after the kernel refused a connection for want of descriptors or memory.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(20);
 /// Connections accepted before others come in turn; some ten microseconds each.
@@ -61,6 +69,8 @@ pub struct Ingress {
     /// Speaks TLS where there is one.
     certificate: Option<Arc<Certificate>>,
     connections: AtomicUsize,
+    /// Connections are to end, but with an answer to what is on its way.
+    retiring: AtomicBool,
     desks: Box<[Desk]>,
 }
 
@@ -127,12 +137,22 @@ impl Ingress {
             metrics,
             certificate,
             connections: AtomicUsize::new(0),
+            retiring: AtomicBool::new(false),
         })
     }
 
     /// Replaces the route table.
     pub fn swap_routes(&self, table: RouteTable) {
         self.routes.store(Arc::new(table));
+    }
+
+    /// From now on the next answer of a connection is its last, and draining waits for that.
+    pub fn retire(&self) {
+        self.retiring.store(true, Ordering::Relaxed);
+    }
+
+    fn is_retiring(&self) -> bool {
+        self.retiring.load(Ordering::Relaxed)
     }
 
     /// Connections now.
@@ -188,7 +208,7 @@ impl Ingress {
                     }
                     continue;
                 }
-                _ = phase.changed() => return,
+                _ = phase.changed() => break,
             };
             match accepted {
                 Ok((stream, client)) => {
@@ -202,6 +222,18 @@ impl Ingress {
                     tracing::warn!(%error, "a connection could not be accepted");
                     tokio::time::sleep(ACCEPT_PAUSE).await;
                 }
+            }
+        }
+        drop(listener);
+        // What others accepted before they heard of it. Ends with the worker.
+        while let Some(Handed {
+            stream,
+            client,
+            place,
+        }) = inbox.recv().await
+        {
+            if let Ok(stream) = TcpStream::from_std(stream) {
+                self.seat(stream, place, Origin::tcp(client, worker), &phase);
             }
         }
     }
@@ -290,7 +322,7 @@ impl Ingress {
         let secured = tokio::select! {
             secured = certificate.handshake(stream) => secured,
             // Nothing was asked for yet.
-            _ = phase.changed() => return,
+            () = self.told_to_close(&mut phase) => return,
         };
         match secured {
             Ok(stream) => {
@@ -310,11 +342,18 @@ impl Ingress {
         S: AsyncRead + AsyncWrite + Unpin + 'static,
     {
         let (io, connection) = GuardedIo::new(stream, Timeouts::default());
+        let http2 = Cell::new(false);
         let service = service_fn(|request| {
             let (ingress, origin) = (Arc::clone(&self), origin.clone());
             let in_progress = connection.begin_request();
+            let version = request.version();
+            http2.set(version == Version::HTTP_2);
+            let last = version == Version::HTTP_11 && self.is_retiring();
             async move {
-                let response = handle(ingress, origin, request).await;
+                let mut response = handle(ingress, origin, request).await;
+                if last {
+                    response.headers_mut().insert(CONNECTION, CLOSE);
+                }
                 Ok::<_, std::convert::Infallible>(response.map(|body| body.during(in_progress)))
             }
         });
@@ -322,7 +361,7 @@ impl Ingress {
         let mut serving = std::pin::pin!(builder.serve_connection(TokioIo::new(io), service));
         let result = tokio::select! {
             result = serving.as_mut() => result,
-            _ = phase.changed() => {
+            () = self.told_to_end(&mut phase, &connection, &http2) => {
                 serving.as_mut().graceful_shutdown();
                 serving.as_mut().await
             }
@@ -332,6 +371,38 @@ impl Ingress {
         }
         if let Err(error) = result {
             tracing::trace!(error, client = ?origin.client, "connection ended");
+        }
+    }
+}
+
+impl Ingress {
+    /// Waits until connections on which nothing was asked yet are to be closed.
+    async fn told_to_close(&self, phase: &mut watch::Receiver<Phase>) {
+        let _ = phase.changed().await;
+        if self.is_retiring() {
+            tokio::time::sleep(REST_MAX).await;
+        }
+    }
+
+    /// Waits until a connection is to end. HTTP/2 says so in a way that loses no request. HTTP/1.1
+    /// does not: there, where that matters, the end comes with an answer, or when nobody has asked
+    /// for a while.
+    async fn told_to_end(
+        &self,
+        phase: &mut watch::Receiver<Phase>,
+        connection: &ConnectionHandle,
+        http2: &Cell<bool>,
+    ) {
+        let _ = phase.changed().await;
+        let mut seen = connection.at_rest();
+        let mut since = Instant::now();
+        while self.is_retiring() && !http2.get() && since.elapsed() < REST_MAX {
+            tokio::time::sleep(REST_LOOK).await;
+            let now = connection.at_rest();
+            if now.is_none() || now != seen {
+                since = Instant::now();
+                seen = now;
+            }
         }
     }
 }

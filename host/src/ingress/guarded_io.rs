@@ -151,6 +151,12 @@ impl ConnectionHandle {
         self.shared.ended.get()
     }
 
+    /// The requests so far, when none is being answered.
+    #[must_use]
+    pub fn at_rest(&self) -> Option<u64> {
+        (self.shared.in_progress.get() == 0).then(|| self.shared.requests.get())
+    }
+
     /// Says that a request is being served: until the guard is dropped the connection is not idle.
     #[must_use]
     pub fn begin_request(&self) -> RequestInProgress {

@@ -175,7 +175,12 @@ mod tests {
             limits: insula_types::spec::RequestLimits::default(),
             env: Arc::default(),
             mounts: Arc::default(),
-            outbound: crate::outbound::Outbound::new(Default::default()),
+            outbound: crate::outbound::Outbound::new(
+                Default::default(),
+                Arc::new(crate::outbound::Inquiries::new(
+                    tokio::sync::mpsc::channel(1).0.downgrade(),
+                )),
+            ),
             outbound_rules: Arc::default(),
             usage_header: false,
             versions: Default::default(),

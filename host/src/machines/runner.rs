@@ -34,6 +34,7 @@ use super::network::Network;
 use super::place::Place;
 use super::start::{self, Plan};
 use super::times::{self, Times};
+use crate::pool::clock::{child_cpu_ns, paid_by_others};
 
 /// How often a machine is looked at.
 const LOOK_EVERY: Duration = Duration::from_secs(1);
@@ -209,6 +210,8 @@ impl Monitor {
         }
         let child = self.child.as_mut()?;
         let ran = times::all_that_ran(child.id()).unwrap_or_default();
+        // What it ran is its tenant's; waited for, it is in this process's books as well.
+        paid_by_others(child_cpu_ns(child.id()));
         let status = child.wait().ok()?;
         let signal = || status.signal().map(Exit::Signal);
         let exit = status.code().map(Exit::Code).or_else(signal)?;

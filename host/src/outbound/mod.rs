@@ -8,7 +8,7 @@
 //! ```
 //!
 //! Nothing is allowed that a service's list does not name, and no name leads to an address that the
-//! [policy](AddressPolicy) closes. The name is resolved once per request, on a thread of its own;
+//! [policy](AddressPolicy) closes. The name is resolved once per request, by the other process ([`Inquiries`]);
 //! what was checked is what is connected to, so that a second answer of the resolver changes nothing.
 //! Where one address of several is closed, the whole name is: it is no name of the Internet's.
 //! Addresses of this host itself are closed as well, public or not. Redirects are the guest's
@@ -20,6 +20,7 @@
 
 mod address;
 mod body;
+mod inquiries;
 mod place;
 mod send;
 mod tls;
@@ -31,6 +32,7 @@ use insula_types::outbound::{Destination, OutboundRule};
 pub(crate) use address::closed_v4;
 pub use address::{AddressPolicy, Network, NetworkError};
 pub use body::BODY_MAX_BYTES;
+pub use inquiries::{Inquiries, Unanswered};
 pub use place::Places;
 pub use send::{Clerk, Sender};
 
@@ -44,6 +46,7 @@ pub struct Outbound {
     policy: AddressPolicy,
     tls: tls::ClientTls,
     places: Arc<Places>,
+    inquiries: Arc<Inquiries>,
 }
 
 impl std::fmt::Debug for Outbound {
@@ -57,11 +60,12 @@ impl std::fmt::Debug for Outbound {
 impl Outbound {
     /// A way out to what the policy allows.
     #[must_use]
-    pub fn new(policy: AddressPolicy) -> Arc<Self> {
+    pub fn new(policy: AddressPolicy, inquiries: Arc<Inquiries>) -> Arc<Self> {
         Arc::new(Self {
             policy,
             tls: tls::ClientTls::default(),
             places: Arc::new(Places::new(HOST_PLACES)),
+            inquiries,
         })
     }
 

@@ -1,7 +1,7 @@
 //! One request, from the guest's word to the end of the answer's body.
 
 use std::future::{Future, poll_fn};
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, ToSocketAddrs, UdpSocket};
+use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -12,7 +12,9 @@ use http_body_util::BodyExt;
 use hyper::client::conn::http1;
 use hyper_util::rt::TokioIo;
 use insula_metrics::{Direction, OutboundResult, TenantMetrics};
+use insula_types::TenantId;
 use insula_types::outbound::{Destination, OutboundHost, OutboundRule, OutboundScheme};
+use rustix::net::{AddressFamily, SocketFlags, SocketType, socket_with};
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::TcpStream;
 use tokio::sync::oneshot;
@@ -20,14 +22,12 @@ use tokio::time::timeout;
 
 use super::body::{Received, Sent};
 use super::place::{Place, Places};
-use super::{Outbound, allows};
+use super::{Outbound, Unanswered, allows};
 use crate::engine::outgoing::{Answered, Errand, OutgoingBody, Patience};
 use crate::engine::run::BodyError;
-use crate::engine::{LogLine, LogSink, Offload};
-use crate::messages::LogSource;
+use crate::engine::{LogLine, LogSink};
+use crate::messages::{Found, LogSource, Question};
 
-/// For a name to be resolved.
-const RESOLVE_MAX: Duration = Duration::from_secs(5);
 /// For a connection, TLS included; a guest may want less.
 const CONNECT_MAX: Duration = Duration::from_secs(10);
 /// For the head of the answer, and for each piece of its body; a guest may want less. Its own
@@ -42,10 +42,11 @@ const HEAD_MAX_BYTES: usize = 32 << 10;
 /// Header fields of an answer.
 const FIELDS_MAX: usize = 128;
 
-/// What a request needs of the one that it belongs to: its log, and threads that may block.
-pub trait Clerk: LogSink + Offload {}
-
-impl<T: LogSink + Offload> Clerk for T {}
+/// What a request needs of the one that it belongs to: its log, and somebody who pays.
+pub trait Clerk: LogSink + Send + Sync {
+    /// So much CPU time was used for it elsewhere.
+    fn pays(&self, cpu_ns: u64);
+}
 
 /// Sends the requests of one instance.
 pub struct Sender {
@@ -53,6 +54,8 @@ pub struct Sender {
     pub host: Arc<Outbound>,
     /// The service's list.
     pub rules: Arc<[OutboundRule]>,
+    /// Whose request it is.
+    pub tenant: TenantId,
     /// The tenant's places.
     pub places: Arc<Places>,
     /// Where it is counted.
@@ -234,33 +237,28 @@ impl Sender {
     /// The addresses of a destination, all of which are allowed.
     async fn resolve(&self, to: &Destination) -> Result<Vec<SocketAddr>, BodyError> {
         let port = to.port();
-        let needs_roots = to.scheme() == OutboundScheme::Https && !self.host.tls.is_loaded();
+        if to.scheme() == OutboundScheme::Https && !self.host.tls.is_loaded() {
+            let roots = match self.ask(Question::Roots).await? {
+                Ok(Found::Roots(roots)) => roots,
+                // It is asked again with the next request.
+                _ => return Err(BodyError::InternalError(None)),
+            };
+            self.host.tls.load(roots);
+        }
         let addresses = match to.host() {
-            OutboundHost::Address(address) => {
-                if needs_roots {
-                    let host = Arc::clone(&self.host);
-                    self.away(move || host.tls.load()).await?;
-                }
-                vec![SocketAddr::new(*address, port)]
-            }
+            OutboundHost::Address(address) => vec![SocketAddr::new(*address, port)],
             OutboundHost::Name(name) => {
-                let (name, host) = (name.clone(), Arc::clone(&self.host));
-                let found = self.away(move || {
-                    if needs_roots {
-                        host.tls.load();
-                    }
-                    look_up(&name, port)
-                });
-                let found = timeout(RESOLVE_MAX, found).await;
-                found
-                    .map_err(|_| BodyError::DnsTimeout)??
-                    .map_err(|error| {
-                        tracing::debug!(%error, "a name could not be resolved");
-                        BodyError::DnsError {
+                let name = name.clone();
+                match self.ask(Question::Addresses { name, port }).await? {
+                    Ok(Found::Addresses(addresses)) => addresses,
+                    other => {
+                        tracing::debug!(?other, "a name could not be resolved");
+                        return Err(BodyError::DnsError {
                             rcode: None,
                             info_code: None,
-                        }
-                    })?
+                        });
+                    }
+                }
             }
         };
         let policy = &self.host.policy;
@@ -278,18 +276,15 @@ impl Sender {
         Ok(addresses)
     }
 
-    /// Does something on a thread that may block.
-    async fn away<T: Send + 'static>(
-        &self,
-        work: impl FnOnce() -> T + Send + 'static,
-    ) -> Result<T, BodyError> {
-        let (done, wait) = oneshot::channel();
-        Arc::clone(&self.clerk).offload(Box::new(move || {
-            // Nobody may wait any more.
-            let _ = done.send(work());
-        }));
-        let gone = |_| BodyError::InternalError(None);
-        wait.await.map_err(gone)
+    /// Asks the other process, at the tenant's expense.
+    async fn ask(&self, question: Question) -> Result<Result<Found, String>, BodyError> {
+        let answer = self.host.inquiries.ask(self.tenant, question).await;
+        let answer = answer.map_err(|unanswered| match unanswered {
+            Unanswered::Late => BodyError::DnsTimeout,
+            Unanswered::Gone => BodyError::InternalError(None),
+        })?;
+        self.clerk.pays(answer.cpu_ns);
+        Ok(answer.found)
     }
 
     /// Connects to the first address that answers.
@@ -321,28 +316,18 @@ impl Sender {
     }
 }
 
-/// The addresses of a name, as the system resolves it.
-fn look_up(name: &str, port: u16) -> std::io::Result<Vec<SocketAddr>> {
-    let mut addresses: Vec<SocketAddr> = Vec::new();
-    for address in (name, port).to_socket_addrs()? {
-        if !addresses.contains(&address) {
-            addresses.push(address);
-        }
-    }
-    Ok(addresses)
-}
-
 /// Whether an address is one of this host's: the kernel goes there from there. Sends nothing.
 fn is_own(address: SocketAddr) -> bool {
-    let any: IpAddr = match address {
-        SocketAddr::V4(_) => Ipv4Addr::UNSPECIFIED.into(),
-        SocketAddr::V6(_) => Ipv6Addr::UNSPECIFIED.into(),
+    let family = match address {
+        SocketAddr::V4(_) => AddressFamily::INET,
+        SocketAddr::V6(_) => AddressFamily::INET6,
     };
-    let from = UdpSocket::bind((any, 0)).and_then(|socket| {
-        socket.connect(address)?;
-        socket.local_addr()
-    });
-    from.is_ok_and(|from| from.ip() == address.ip())
+    let from = || {
+        let socket = socket_with(family, SocketType::DGRAM, SocketFlags::CLOEXEC, None)?;
+        rustix::net::connect(&socket, &address)?;
+        SocketAddr::try_from(rustix::net::getsockname(&socket)?)
+    };
+    from().is_ok_and(|from| from.ip() == address.ip())
 }
 
 fn connect_error(error: &std::io::Error) -> BodyError {

@@ -1,14 +1,14 @@
 //! TLS to destinations.
 //!
-//! The roots are the system's (where `SSL_CERT_FILE` and `SSL_CERT_DIR` say, if they do), read once,
-//! before the first handshake. No session is resumed: a ticket of one tenant would be known again
+//! The roots are the system's (where `SSL_CERT_FILE` and `SSL_CERT_DIR` say, if they do), asked for once
+//! ([`super::Inquiries`]), before the first handshake. No session is resumed: a ticket of one tenant would be known again
 //! when another one comes.
 
 use std::sync::{Arc, OnceLock};
 
 use rustls::client::Resumption;
 use rustls::crypto::ring;
-use rustls::pki_types::ServerName;
+use rustls::pki_types::{CertificateDer, ServerName};
 use rustls::{ClientConfig, RootCertStore};
 use tokio::net::TcpStream;
 use tokio_rustls::TlsConnector;
@@ -30,19 +30,14 @@ impl ClientTls {
         self.config.get().is_some()
     }
 
-    /// Reads the roots. Takes some milliseconds and reads files: nothing for a worker.
-    pub(super) fn load(&self) {
+    /// Takes the roots, in DER.
+    pub(super) fn load(&self, found: Vec<Vec<u8>>) {
         self.config.get_or_init(|| {
-            let found = rustls_native_certs::load_native_certs();
             let mut roots = RootCertStore::empty();
-            let (added, ignored) = roots.add_parsable_certificates(found.certs);
+            let found = found.into_iter().map(CertificateDer::from);
+            let (added, ignored) = roots.add_parsable_certificates(found);
             if added == 0 {
-                let errors = found.errors;
-                tracing::warn!(
-                    ?errors,
-                    ignored,
-                    "no root certificates: guests get no https"
-                );
+                tracing::warn!(ignored, "no root certificates: guests get no https");
                 return None;
             }
             let provider = Arc::new(ring::default_provider());

@@ -5,6 +5,7 @@
 )]
 
 use std::sync::OnceLock;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use rustix::time::{ClockId, clock_gettime};
@@ -145,26 +146,49 @@ fn ns(clock: ClockId) -> u64 {
     seconds * 1_000_000_000 + nanos
 }
 
-/// CPU time of this process's threads other than those in `workers` (kernel thread ids), and of
-/// its finished children, in nanoseconds. Read from the kernel's books, in its ticks of 10 ms.
+/// CPU time of this process but for some of its threads, by their kernel ids, in nanoseconds.
+/// Asks clocks only: a process that reaches no file can ask them too.
 #[must_use]
-pub fn other_cpu_ns(workers: &[i32]) -> u64 {
-    const TICK_NS: u64 = 10_000_000;
-    let mut ticks = 0;
-    if let Ok(tasks) = std::fs::read_dir("/proc/self/task") {
-        for task in tasks.flatten() {
-            let tid = task.file_name().to_string_lossy().parse::<i32>();
-            if tid.is_ok_and(|tid| !workers.contains(&tid)) {
-                let stat = std::fs::read_to_string(task.path().join("stat"));
-                // proc(5): fields 14 and 15, counted after the name, which may hold anything.
-                ticks += stat.map_or(0, |stat| sum_fields(&stat, 14..=15));
-            }
-        }
-    }
+pub(super) fn cpu_ns_without(threads: &[i32]) -> u64 {
+    // The whole first: what runs on meanwhile must not make the rest too much.
+    let whole = process_cpu_ns();
+    let theirs: u64 = threads.iter().map(|tid| other_thread_cpu_ns(*tid)).sum();
+    whole.saturating_sub(theirs)
+}
+
+/// One tick of the kernel's books (`USER_HZ`, 100 on every Linux that we know).
+const TICK_NS: u64 = 10_000_000;
+
+/// CPU time of the children that this process has waited for, in nanoseconds, by the kernel's books.
+#[must_use]
+pub fn children_cpu_ns() -> u64 {
     // proc(5): fields 16 and 17 of the process are those of its waited-for children.
     let own = std::fs::read_to_string("/proc/self/stat");
-    ticks += own.map_or(0, |stat| sum_fields(&stat, 16..=17));
-    ticks * TICK_NS
+    own.map_or(0, |stat| sum_fields(&stat, 16..=17)) * TICK_NS
+}
+
+/// CPU time of this process and its children that others than the host pay for.
+static PAID_BY_OTHERS_NS: AtomicU64 = AtomicU64::new(0);
+
+/// So much of this process's own time, or of that of children which it has waited for, is charged
+/// elsewhere.
+pub fn paid_by_others(cpu_ns: u64) {
+    PAID_BY_OTHERS_NS.fetch_add(cpu_ns, Ordering::Relaxed);
+}
+
+/// CPU time of this process and of the children that it has waited for, but for what others pay.
+#[must_use]
+pub fn own_cpu_ns() -> u64 {
+    let others = PAID_BY_OTHERS_NS.load(Ordering::Relaxed);
+    (process_cpu_ns() + children_cpu_ns()).saturating_sub(others)
+}
+
+/// CPU time of a child that was not waited for yet, in nanoseconds, by the kernel's books.
+#[must_use]
+pub fn child_cpu_ns(pid: u32) -> u64 {
+    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat"));
+    // proc(5): fields 14 and 15, counted after the name, which may hold anything.
+    stat.map_or(0, |stat| sum_fields(&stat, 14..=15)) * TICK_NS
 }
 
 /// The sum of some fields of a `stat` line, numbered as in proc(5).

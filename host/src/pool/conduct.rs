@@ -9,6 +9,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
 use insula_types::Outcome;
+use serde::{Deserialize, Serialize};
 
 /// Steps of the durations: the first holds what ends within 64 µs, the last what takes longer than
 /// any timeout allows.
@@ -17,12 +18,36 @@ pub const STEPS: usize = 48;
 const FIRST_BITS: u32 = 16;
 
 /// Counts since they were taken last.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Conduct {
     /// Requests that failed by the version's fault.
     pub failed: u32,
     /// All requests, by the step of their duration.
+    #[serde(with = "steps")]
     pub ended: [u32; STEPS],
+}
+
+/// An array longer than those that serde knows.
+mod steps {
+    use serde::{Deserialize, Deserializer, Serialize, Serializer, de};
+
+    use super::STEPS;
+
+    pub(super) fn serialize<S: Serializer>(
+        steps: &[u32; STEPS],
+        serializer: S,
+    ) -> Result<S::Ok, S::Error> {
+        steps.as_slice().serialize(serializer)
+    }
+
+    pub(super) fn deserialize<'de, D: Deserializer<'de>>(
+        deserializer: D,
+    ) -> Result<[u32; STEPS], D::Error> {
+        let steps = Vec::<u32>::deserialize(deserializer)?;
+        let given = steps.len();
+        let wrong = |_| de::Error::invalid_length(given, &"one count for each step");
+        steps.try_into().map_err(wrong)
+    }
 }
 
 /// Counters of one version.

@@ -317,8 +317,8 @@ impl Pool {
         Lender { worker: id, core }
     }
 
-    /// CPU time of the host itself so far, in nanoseconds: the workers' outside of slices, and
-    /// all of the other threads and children.
+    /// CPU time that this process has used for no tenant so far, in nanoseconds: the workers'
+    /// outside of slices, and all of the other threads.
     pub fn host_cpu_ns(&self) -> u64 {
         let mut tids = self.runners.tids().clone();
         tids.extend(
@@ -332,8 +332,10 @@ impl Pool {
             .iter()
             .map(|slot| slot.host_ns.load(Ordering::Relaxed))
             .sum();
+        let others = super::clock::cpu_ns_without(&tids);
         let lent = self.runners.host_ns() + self.offload.host_ns();
-        workers + lent + super::clock::other_cpu_ns(&tids)
+        let gone = self.runners.gone_ns() + self.offload.gone_ns();
+        workers + lent + others.saturating_sub(gone)
     }
 
     /// Time that a tenant's runnable requests waited for a core, and time that its limit held

@@ -20,7 +20,7 @@ use crate::engine::outgoing::{Answered, Errand, OutgoingBody, Patience, WayOut};
 use crate::engine::run::{Head, Ledger, RunEvents, Verdict};
 use crate::engine::{LogLine, LogSink, Offload};
 use crate::messages::LogSource;
-use crate::outbound::Sender;
+use crate::outbound::{Clerk, Sender};
 
 /// What one request used and how it ended.
 #[derive(Debug)]
@@ -272,6 +272,12 @@ impl Payer for Exchange {
     }
 }
 
+impl Clerk for Exchange {
+    fn pays(&self, cpu_ns: u64) {
+        Payer::pays(self, cpu_ns);
+    }
+}
+
 impl Offload for Exchange {
     fn offload(self: Arc<Self>, piece: Box<dyn FnOnce() + Send>) {
         let tenant = Arc::clone(&self.service.tenant);
@@ -290,6 +296,7 @@ impl WayOut for Exchange {
         let sender = Sender {
             host: Arc::clone(&service.outbound),
             rules: Arc::clone(&service.outbound_rules),
+            tenant: service.tenant.id,
             places: Arc::clone(&service.tenant.places),
             metrics: Arc::clone(&service.tenant.metrics),
             clerk: self,

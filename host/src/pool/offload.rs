@@ -67,6 +67,8 @@ struct Shared {
     wake: Condvar,
     /// CPU time of threads that nobody pays for.
     host_ns: AtomicU64,
+    /// CPU time of threads that have ended: for work and between it.
+    gone_ns: AtomicU64,
 }
 
 /// See the module's documentation. Its threads end when it is dropped and the line is empty.
@@ -135,6 +137,11 @@ impl Offload {
         self.shared.desk().tids.clone()
     }
 
+    /// CPU time of its threads that have ended.
+    pub(super) fn gone_ns(&self) -> u64 {
+        self.shared.gone_ns.load(Ordering::Relaxed)
+    }
+
     /// CPU time of its threads that nobody paid for.
     pub(super) fn host_ns(&self) -> u64 {
         self.shared.host_ns.load(Ordering::Relaxed)
@@ -179,6 +186,10 @@ fn serve(shared: &Shared) {
     }
     let rest = clock::thread_cpu_ns().saturating_sub(last_ns);
     shared.host_ns.fetch_add(rest, Ordering::Relaxed);
+    // In this order: for a moment this thread's time is missing from the host's, which the next
+    // reading mends; the other way round it would be counted as the host's for good.
+    let own_ns = clock::thread_cpu_ns();
+    shared.gone_ns.fetch_add(own_ns, Ordering::Relaxed);
     shared.desk().tids.retain(|known| *known != tid);
 }
 

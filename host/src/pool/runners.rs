@@ -205,6 +205,8 @@ pub(super) struct Runners {
     tids: Mutex<Vec<i32>>,
     /// CPU time of runners between slices.
     host_ns: AtomicU64,
+    /// CPU time of runners that have ended: in their slices and between them.
+    gone_ns: AtomicU64,
 }
 
 /// A slice to be run.
@@ -269,6 +271,10 @@ impl Runners {
         bench.idle.remove(place);
         bench.runners[number] = None;
         drop(bench);
+        // In this order: for a moment this thread's time is missing from the host's, which the next
+        // reading mends; the other way round it would be counted as the host's for good.
+        let own_ns = clock::thread_cpu_ns();
+        self.gone_ns.fetch_add(own_ns, Ordering::Relaxed);
         self.tids().retain(|known| *known != tid);
         true
     }
@@ -276,6 +282,11 @@ impl Runners {
     /// The kernel's ids of all runners.
     pub(super) fn tids(&self) -> MutexGuard<'_, Vec<i32>> {
         self.tids.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// CPU time of runners that have ended.
+    pub(super) fn gone_ns(&self) -> u64 {
+        self.gone_ns.load(Ordering::Relaxed)
     }
 
     /// CPU time of runners that no slice was charged for.

@@ -11,6 +11,8 @@
 //!   artefacts/<hex>-<compat>   compiled ones
 //!   volumes/<hex>/             what tenants keep
 //!   tmp/             unfinished files; emptied at every start
+//!   handover         where the next host asks this one for all of it
+//!   empty/           0500, the root of the data process
 //! ```
 
 use std::fs::File;

@@ -3,10 +3,13 @@
 use std::ffi::CStr;
 use std::fs::File;
 use std::io;
+use std::num::NonZeroU32;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
 use rustix::fs::{AtFlags, FileType, Mode, OFlags, Stat, Timespec, Timestamps};
 use rustix::io::Errno;
+use rustix::mount::OpenTreeFlags;
+use rustix::process::{Gid, Uid};
 
 use super::walk::{Visitor, open_again, open_below, walk};
 use super::{BLOCK_BYTES, INODE_BYTES, Usage, blocks};
@@ -157,6 +160,78 @@ pub(super) fn copy(from: impl AsFd, to: impl AsFd) -> io::Result<()> {
     walk(from, &mut copy)?;
     // One call for a tree of any size; it may wait for others' writes as well.
     Ok(rustix::fs::syncfs(&to)?)
+}
+
+struct Give {
+    owner: (Uid, Gid),
+}
+
+impl Visitor for Give {
+    fn enter(&mut self, at: BorrowedFd<'_>, name: &CStr) -> io::Result<()> {
+        self.give(at, name)
+    }
+
+    fn leave(&mut self, _: BorrowedFd<'_>, _: &CStr) -> io::Result<()> {
+        Ok(())
+    }
+
+    fn file(&mut self, at: BorrowedFd<'_>, name: &CStr, _: &Stat) -> io::Result<()> {
+        self.give(at, name)
+    }
+}
+
+impl Give {
+    fn give(&self, at: BorrowedFd<'_>, name: &CStr) -> io::Result<()> {
+        let (user, group) = self.owner;
+        let flags = AtFlags::SYMLINK_NOFOLLOW;
+        Ok(rustix::fs::chownat(
+            at,
+            name,
+            Some(user),
+            Some(group),
+            flags,
+        )?)
+    }
+}
+
+/// Makes a volume ready for the process that changes it: everything in it is that user's, where it is
+/// another than ours, and it is a file system of its own, from which no path leads up. The directory
+/// changes hands last, so that what a crash leaves half done is seen and done again.
+///
+/// Where this process may make no mounts the directory is as it is ([`can_shut_in`]).
+///
+/// # Errors
+/// Those of the file system.
+pub fn hand_over(root: File, owner: Option<NonZeroU32>) -> io::Result<File> {
+    if let Some(owner) = owner.map(NonZeroU32::get)
+        && rustix::fs::fstat(&root)?.st_uid != owner
+    {
+        let owner = (Uid::from_raw(owner), Gid::from_raw(owner));
+        walk(&root, &mut Give { owner })?;
+        rustix::fs::fchown(&root, Some(owner.0), Some(owner.1))?;
+    }
+    match shut_in(&root) {
+        Ok(tree) => Ok(open_again(tree)?.into()),
+        Err(_) => Ok(root),
+    }
+}
+
+/// A mount of a directory that is nowhere: of its root there is nothing above (`open_tree(2)`).
+fn shut_in(dir: impl AsFd) -> rustix::io::Result<OwnedFd> {
+    // `AT_EMPTY_PATH`: the directory itself.
+    let flags = OpenTreeFlags::OPEN_TREE_CLONE
+        | OpenTreeFlags::OPEN_TREE_CLOEXEC
+        | OpenTreeFlags::AT_EMPTY_PATH;
+    rustix::mount::open_tree(dir, c"", flags)
+}
+
+/// Whether [`hand_over`] makes file systems of volumes here.
+///
+/// # Errors
+/// Why it does not.
+pub fn can_shut_in(dir: impl AsFd) -> io::Result<()> {
+    shut_in(dir)?;
+    Ok(())
 }
 
 /// Whether the kernel resolves paths below a directory and nowhere else, in one step.

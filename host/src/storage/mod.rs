@@ -38,11 +38,12 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use insula_types::VolumeId;
 use insula_types::volume::VolumeSpec;
+use serde::{Deserialize, Serialize};
 
 use account::{Account, Books, Open};
 
 pub use account::{Full, TenantStorage};
-pub use copy::{clear, has_openat2};
+pub use copy::{can_shut_in, clear, hand_over, has_openat2};
 pub use pack::{Packer, unpack};
 pub use stores::{Page, Store, StoreFault, Write};
 
@@ -62,7 +63,7 @@ pub const fn blocks(size: u64) -> u64 {
 }
 
 /// What something takes.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 pub struct Usage {
     /// Bytes, as they are counted here.
     pub bytes: u64,

@@ -286,3 +286,40 @@ proptest! {
         prop_assert_eq!(volume.used(), counted);
     }
 }
+
+#[test]
+fn what_is_handed_over_is_another_users_and_has_nothing_above() {
+    if !rustix::process::geteuid().is_root() {
+        eprintln!("skipped: only root can give files away");
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let volume = dir.path().join("volume");
+    fs::create_dir_all(volume.join("deep/er")).unwrap();
+    fs::write(volume.join("deep/file"), b"x").unwrap();
+    std::os::unix::fs::symlink("/etc/passwd", volume.join("deep/link")).unwrap();
+    let outside = fs::metadata("/etc/passwd").unwrap().uid();
+    let owner = std::num::NonZeroU32::new(4_242);
+    let root = hand_over(File::open(&volume).unwrap(), owner).unwrap();
+    for path in ["", "deep", "deep/er", "deep/file", "deep/link"] {
+        let metadata = fs::symlink_metadata(volume.join(path)).unwrap();
+        assert_eq!((metadata.uid(), metadata.gid()), (4_242, 4_242), "{path}");
+    }
+    assert_eq!(fs::metadata("/etc/passwd").unwrap().uid(), outside);
+    if let Err(error) = can_shut_in(&root) {
+        eprintln!("skipped: no mounts can be made here: {error}");
+        return;
+    }
+    let flags = rustix::fs::OFlags::RDONLY | rustix::fs::OFlags::DIRECTORY;
+    let up = rustix::fs::openat(&root, "../..", flags, rustix::fs::Mode::empty()).unwrap();
+    let up = rustix::fs::fstat(up).unwrap();
+    assert_eq!(
+        up.st_ino,
+        fs::metadata(&volume).unwrap().ino(),
+        "it is at the top"
+    );
+    // It is the same directory, and not a copy of it.
+    let flags = rustix::fs::OFlags::CREATE | rustix::fs::OFlags::WRONLY;
+    rustix::fs::openat(&root, "new", flags, rustix::fs::Mode::RUSR).unwrap();
+    assert!(volume.join("new").exists());
+}

@@ -36,4 +36,5 @@ mod streaming;
 mod tampered;
 mod tls;
 mod traffic;
+mod two_processes;
 mod volumes;

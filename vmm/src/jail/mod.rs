@@ -43,6 +43,8 @@ use std::num::NonZeroU32;
 use std::os::fd::RawFd;
 use std::path::PathBuf;
 
+use rustix::thread::UnshareFlags;
+
 pub use panics::say_panics_in_one_line;
 pub use report::{Measure, Missing, Report, Weak};
 
@@ -102,6 +104,15 @@ pub enum NotAlone {
 /// # Errors
 /// [`NotAlone`]; nothing has been done then. Everything else is in the report.
 pub fn enter(spec: &Spec) -> Result<Report, NotAlone> {
+    take(spec, &Measure::ALL)
+}
+
+/// Takes some of the measures, for a process that is no monitor: in the order of [`enter`], those
+/// of `measures` only. The report is about these.
+///
+/// # Errors
+/// [`NotAlone`]; nothing has been done then.
+pub fn take(spec: &Spec, measures: &[Measure]) -> Result<Report, NotAlone> {
     let threads = std::fs::read_dir("/proc/self/task")?.count();
     if threads != 1 {
         return Err(NotAlone::Threads { threads });
@@ -109,42 +120,49 @@ pub fn enter(spec: &Spec) -> Result<Report, NotAlone> {
     let alone = sys::Alone(());
     let root_user = rustix::process::geteuid().is_root();
     let mut report = Report::new();
+    for measure in Measure::ALL {
+        if measures.contains(&measure) {
+            let outcome = step(measure, spec, &alone, root_user, &report);
+            report.note(measure, outcome);
+        }
+    }
+    Ok(report)
+}
 
-    report.note(Measure::Cgroup, steps::cgroup(&spec.cgroups));
-    report.note(
-        Measure::Descriptors,
-        steps::close_descriptors(&alone, &spec.keep),
-    );
-    if !root_user {
-        // All that follows then holds within it. Where it is refused, what needs it says so.
-        let _ = steps::user_namespace(&alone);
-    }
-    let mounts = report.note(Measure::MountNamespace, steps::mount_namespace(&alone));
-    let empty = if mounts {
-        steps::change_root(&spec.root)
-    } else {
-        Err(Missing::Needs(Measure::MountNamespace))
-    };
-    report.note(Measure::EmptyRoot, empty);
-    report.note(Measure::PidNamespace, steps::pid_namespace());
-    for (measure, flag) in steps::NAMESPACES {
-        report.note(measure, steps::namespace(&alone, flag));
-    }
-    report.note(
-        Measure::ResourceLimits,
-        steps::limits(spec.limits, root_user),
-    );
-    let own = if root_user {
-        steps::become_user(spec.identity)
-    } else {
-        Err(Missing::Refused {
+fn step(
+    measure: Measure,
+    spec: &Spec,
+    alone: &sys::Alone,
+    root_user: bool,
+    report: &Report,
+) -> Result<(), Missing> {
+    match measure {
+        Measure::Cgroup => steps::cgroup(&spec.cgroups),
+        Measure::Descriptors => steps::close_descriptors(alone, &spec.keep),
+        Measure::MountNamespace => {
+            if !root_user {
+                // All that follows then holds within it. Where it is refused, what needs it says so.
+                let _ = steps::user_namespace(alone);
+            }
+            steps::mount_namespace(alone)
+        }
+        Measure::EmptyRoot if report.holds(Measure::MountNamespace) => {
+            steps::change_root(&spec.root)
+        }
+        Measure::EmptyRoot => Err(Missing::Needs(Measure::MountNamespace)),
+        Measure::PidNamespace => steps::pid_namespace(),
+        Measure::NetworkNamespace => steps::namespace(alone, UnshareFlags::NEWNET),
+        Measure::IpcNamespace => steps::namespace(alone, UnshareFlags::NEWIPC),
+        Measure::UtsNamespace => steps::namespace(alone, UnshareFlags::NEWUTS),
+        Measure::CgroupNamespace => steps::namespace(alone, UnshareFlags::NEWCGROUP),
+        Measure::ResourceLimits => steps::limits(spec.limits, root_user),
+        Measure::OwnUser if root_user => steps::become_user(spec.identity),
+        Measure::OwnUser => Err(Missing::Refused {
             call: "setresuid",
             reason: "only root can become another user".to_owned(),
-        })
-    };
-    report.note(Measure::OwnUser, own);
-    report.note(Measure::NoCapabilities, steps::drop_capabilities());
-    report.note(Measure::NoNewPrivileges, steps::no_new_privileges());
-    report.note(Measure::NotDumpable, steps::not_dumpable());
-    Ok(report)
+        }),
+        Measure::NoCapabilities => steps::drop_capabilities(),
+        Measure::NoNewPrivileges => steps::no_new_privileges(),
+        Measure::NotDumpable => steps::not_dumpable(),
+    }
 }

@@ -124,11 +124,9 @@ impl Report {
         Self(Vec::with_capacity(Measure::ALL.len()))
     }
 
-    /// Notes the outcome of a measure; says whether it holds.
-    pub(super) fn note(&mut self, measure: Measure, outcome: Result<(), Missing>) -> bool {
-        let holds = outcome.is_ok();
+    /// Notes the outcome of a measure.
+    pub(super) fn note(&mut self, measure: Measure, outcome: Result<(), Missing>) {
         self.0.push((measure, outcome));
-        holds
     }
 
     /// Whether `measure` holds.

@@ -15,15 +15,7 @@ use rustix::process::{DumpableBehavior, Resource, Rlimit};
 use rustix::thread::{CapabilitySet, CapabilitySets, Gid, Uid, UnshareFlags};
 
 use super::sys::{self, Alone};
-use super::{Identity, Limits, Measure, Missing};
-
-/// The namespaces that need nothing but leaving.
-pub(super) const NAMESPACES: [(Measure, UnshareFlags); 4] = [
-    (Measure::NetworkNamespace, UnshareFlags::NEWNET),
-    (Measure::IpcNamespace, UnshareFlags::NEWIPC),
-    (Measure::UtsNamespace, UnshareFlags::NEWUTS),
-    (Measure::CgroupNamespace, UnshareFlags::NEWCGROUP),
-];
+use super::{Identity, Limits, Missing};
 
 fn refused(call: &'static str) -> impl Fn(Errno) -> Missing {
     move |errno| Missing::refused(call)(errno.into())

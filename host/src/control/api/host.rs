@@ -28,7 +28,7 @@ pub(crate) async fn ready(control: Rc<Control>, _: Call) -> Answer {
     let waiting = match control.readiness.get() {
         Readiness::Ready => return Ok(Reply::text("text/plain", "ready\n".to_owned())),
         Readiness::Reconciling => "services are being started",
-        Readiness::DataGone => "the data plane is gone; restart the host",
+        Readiness::DataGone => "the data plane has died and is started again",
         Readiness::Stopping => "the host is stopping",
     };
     Err(Problem::new(Code::NotReady, waiting).retry_after(1))
@@ -58,9 +58,13 @@ pub(crate) async fn host(control: Rc<Control>, _: Call) -> Answer {
             "network_missing": control.machines.network.missing(),
         },
         "domain": config.domain,
-        "ingress": control.ingress.get(),
+        "ingress": config.ingress,
         "admin": control.admin,
         "started_at": control.started,
+        "data_plane": {
+            "restarts": control.link.restarts(),
+            "walls": *control.walls.borrow(),
+        },
         "workers": config.workers,
         "capacity": {
             "cpu_millicores": config.capacity_millicores(),
@@ -81,7 +85,7 @@ pub(crate) async fn host(control: Rc<Control>, _: Call) -> Answer {
 pub(crate) async fn metrics(control: Rc<Control>, _: Call) -> Answer {
     let mut text = own_families(&control).await?;
     let machines = control.machine_families();
-    match control.link.collect().await {
+    match control.link.families().await {
         Ok(families) => text.push_str(&exposition::merge(&families, &machines)),
         // The host's own numbers are worth having when data is in trouble.
         Err(error) => tracing::warn!(%error, "metrics without the data plane's"),

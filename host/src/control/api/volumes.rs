@@ -14,26 +14,34 @@ use crate::control::link::LinkError;
 use crate::control::problem::{Answer, Code, Problem};
 use crate::control::{Control, documents, idempotency};
 use crate::messages::{Refusal, ToData};
+use crate::process::walls;
 use crate::state::volumes::VolumeDirectory;
 use crate::state::{NewVolume, Page, Precondition, Put, VOLUMES_PER_TENANT_MAX, Volume};
+use crate::storage::hand_over;
 
 /// How long a copy may take.
 const COPY_TIMEOUT: Duration = Duration::from_secs(600);
 
-/// Tells data of a volume, with its directory.
-pub(crate) async fn apply(control: &Control, volume: &Volume) -> Result<(), Problem> {
+/// What data is to know of a volume, with its directory.
+pub(crate) async fn intent(control: &Control, volume: &Volume) -> Result<ToData, Problem> {
     let directory = volume.directory.clone();
+    let owner = walls::owner_of_files(&control.walls.borrow());
     let opened = control
         .files
-        .run(move |files| files.open_volume(&directory))
+        .run(move |files| hand_over(files.open_volume(&directory)?, owner))
         .await??;
-    let body = ToData::Volume {
+    Ok(ToData::Volume {
         id: volume.id,
         tenant: volume.tenant,
         spec: volume.spec,
         directory: opened,
-    };
-    Ok(control.link.apply(body).await?)
+    })
+}
+
+/// Tells data of a volume.
+async fn apply(control: &Control, volume: &Volume) -> Result<(), Problem> {
+    let intent = intent(control, volume).await?;
+    Ok(control.link.apply(intent).await?)
 }
 
 /// Removes the directories of volumes whose records are gone.
@@ -240,7 +248,10 @@ pub(crate) async fn copy_into(
     directory: &VolumeDirectory,
 ) -> Result<(), CopyFailed> {
     let made = directory.clone();
-    let opened = control.files.run(move |files| files.make_volume(&made));
+    let owner = walls::owner_of_files(&control.walls.borrow());
+    let opened = control
+        .files
+        .run(move |files| hand_over(files.make_volume(&made)?, owner));
     let opened = opened
         .await
         .map_err(Problem::from)?
@@ -250,7 +261,12 @@ pub(crate) async fn copy_into(
         to: opened,
         spec: source.spec,
     };
-    if let Err(error) = control.link.apply_within(asked, COPY_TIMEOUT).await {
+    let copied = async {
+        // Sent once: what a data process that died has left is no empty directory.
+        control.link.settled().await?;
+        control.link.apply_within(asked, COPY_TIMEOUT).await
+    };
+    if let Err(error) = copied.await {
         remove(control, vec![directory.clone()]).await;
         return Err(CopyFailed::Told(error));
     }

@@ -12,9 +12,11 @@ use serde_json::Value;
 use tokio::sync::mpsc;
 
 use crate::config::DEFAULT_CEILING;
-use crate::control::{AtEnd, Compiler, ControlConfig, ControlPlane, MachinesConfig, start};
+use crate::control::{AtEnd, Compiler, ControlConfig, ControlPlane, MachinesConfig, listen, start};
 use crate::machines::network::{NetworkConfig, PortRange};
-use crate::messages::{Collected, Command, FromData, LogRecord, Refusal, ToData, UsageDelta};
+use crate::messages::{
+    Collected, Command, DataEvent, FromData, LogRecord, Refusal, ToData, UsageDelta,
+};
 use crate::state::DataDir;
 
 /// Stands for the compiler child: what the component says decides how it ends.
@@ -46,7 +48,7 @@ impl Fake {
         let seq = command.seq;
         let mut result = Ok(());
         let note = match command.body {
-            ToData::Collect => {
+            ToData::Collect { .. } => {
                 let usage = std::mem::take(&mut *self.usage.lock().unwrap());
                 let metrics = "# TYPE fake gauge\nfake 1\n".to_owned();
                 return FromData::Collected {
@@ -56,7 +58,7 @@ impl Fake {
                         versions: std::mem::take(&mut *self.conduct.lock().unwrap()),
                         broken: Vec::new(),
                         volumes: Vec::new(),
-                        metrics,
+                        metrics: Some(metrics),
                     }),
                 };
             }
@@ -67,7 +69,9 @@ impl Fake {
             ToData::CopyVolume { from, .. } => format!("copy volume {from}"),
             ToData::DropService(id) => format!("drop service {id}"),
             ToData::Open => "open".to_owned(),
-            ToData::Drain { deadline } => format!("drain {deadline:?}"),
+            ToData::Answer(_) => "answer".to_owned(),
+            ToData::Certificate(_) => "certificate".to_owned(),
+            ToData::Drain { deadline, .. } => format!("drain {deadline:?}"),
             ToData::Service(intent) => {
                 let serving = |number| intent.traffic.share(number).unwrap_or(0) > 0;
                 let mut note = format!("service {}", intent.name);
@@ -103,10 +107,26 @@ impl Fake {
     }
 }
 
+/// A data plane that lives until control lets go of it.
+pub(super) fn live(fake: &Arc<Fake>, events: &mpsc::Sender<DataEvent>) {
+    let (commands, mut commands_in) = mpsc::channel::<Command>(8);
+    let (answers, noting) = (events.clone(), Arc::clone(fake));
+    std::thread::spawn(move || {
+        let _ = answers.blocking_send(DataEvent::Up {
+            commands,
+            walls: Vec::new(),
+        });
+        while let Some(command) = commands_in.blocking_recv() {
+            let answer = noting.answer(command);
+            let _ = answers.blocking_send(DataEvent::Says(answer));
+        }
+    });
+}
+
 pub(super) struct Rig {
     pub(super) control: Option<ControlPlane>,
     pub(super) fake: Arc<Fake>,
-    pub(super) reports: Option<mpsc::Sender<FromData>>,
+    pub(super) reports: Option<mpsc::Sender<DataEvent>>,
     pub(super) compiled: Arc<AtomicUsize>,
     pub(super) path: PathBuf,
     pub(super) token: String,
@@ -115,22 +135,15 @@ pub(super) struct Rig {
 impl Rig {
     pub(super) fn start(path: &Path) -> Self {
         let data = DataDir::open(path).unwrap();
-        let (commands, mut commands_in) = mpsc::channel::<Command>(8);
         let (reports, reports_in) = mpsc::channel(8);
         let fake = Arc::new(Fake::default());
         let compiled = Arc::new(AtomicUsize::new(0));
-        let (answers, noting) = (reports.clone(), Arc::clone(&fake));
-        std::thread::spawn(move || {
-            let ingress = SocketAddr::from(([127, 0, 0, 1], 8080));
-            let _ = answers.blocking_send(FromData::Ready { ingress });
-            while let Some(command) = commands_in.blocking_recv() {
-                let _ = answers.blocking_send(noting.answer(command));
-            }
-        });
+        live(&fake, &reports);
         let counting = Arc::clone(&compiled);
         let config = ControlConfig {
-            admin: SocketAddr::from(([127, 0, 0, 1], 0)),
             certificate: None,
+            ingress: SocketAddr::from(([127, 0, 0, 1], 8080)),
+            ingress_certificate: None,
             ingress_scheme: crate::config::UrlScheme::Http,
             domain: "localhost".to_owned(),
             workers: 2,
@@ -160,7 +173,8 @@ impl Rig {
                 Ok(b"sealed:".to_vec())
             }),
         };
-        let control = start(config, data, commands, reports_in).unwrap();
+        let listener = listen(SocketAddr::from(([127, 0, 0, 1], 0)), None).unwrap();
+        let control = start(config, data, reports_in, listener).unwrap();
         let token = std::fs::read_to_string(path.join("admin.token"))
             .unwrap()
             .trim()
@@ -261,7 +275,8 @@ impl Rig {
     /// Reports lines as the data plane does.
     pub(super) fn log(&self, record: LogRecord) {
         let reports = self.reports.as_ref().unwrap();
-        reports.blocking_send(FromData::Logs(vec![record])).unwrap();
+        let logs = DataEvent::Says(FromData::Logs(vec![record]));
+        reports.blocking_send(logs).unwrap();
     }
 
     pub(super) fn seen(&self) -> Vec<String> {

@@ -1,16 +1,17 @@
-//! How long a host that was killed is away.
+//! How long a host that was killed is away, as a whole or its data process.
 
 use std::time::{Duration, Instant};
 
-use insula_tests::{TestHost, guests};
+use insula_tests::{Service, TestHost, guests};
 use serde_json::json;
+
+use crate::two_processes::answered_after;
 
 const SERVICES: usize = 100;
 const READY_WITHIN: Duration = Duration::from_secs(1);
 
-#[test]
-fn a_killed_host_with_100_services_is_ready_again_within_a_second() {
-    let host = TestHost::measured().start();
+/// A hundred services in a hundred and fifty versions.
+fn street(host: &TestHost) -> Vec<Service> {
     let tenant = host.tenant("a").create();
     let services: Vec<_> = (0..SERVICES)
         .map(|n| {
@@ -24,6 +25,13 @@ fn a_killed_host_with_100_services_is_ready_again_within_a_second() {
         let path = format!("{}/traffic", service.path());
         host.admin().put(&path, &json!({"1": 90, "2": 10}));
     }
+    services
+}
+
+#[test]
+fn a_killed_host_with_100_services_is_ready_again_within_a_second() {
+    let host = TestHost::measured().start();
+    let services = street(&host);
     host.kill();
     let began = Instant::now();
     host.start_again();
@@ -35,4 +43,21 @@ fn a_killed_host_with_100_services_is_ready_again_within_a_second() {
     }
     eprintln!("{SERVICES} services: ready {took:?} after the start of the process");
     assert!(took < READY_WITHIN, "{took:?}");
+}
+
+#[test]
+fn after_its_data_process_was_killed_a_host_with_100_services_answers_within_a_second() {
+    let host = TestHost::measured().start();
+    let services = street(&host);
+    let mut longest = Duration::ZERO;
+    for _ in 0..5 {
+        host.kill_data();
+        let killed = Instant::now();
+        longest = longest.max(answered_after(&services[0], killed));
+        for service in &services {
+            assert_ne!(service.get("/").send().status, 404, "{}", service.name());
+        }
+    }
+    eprintln!("{SERVICES} services: answered at most {longest:?} after the kill");
+    assert!(longest < READY_WITHIN, "{longest:?}");
 }

@@ -1,0 +1,349 @@
+//! Control and data are two processes: either may be killed at any time.
+
+use std::os::unix::fs::MetadataExt;
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+use insula_tests::wait::{holds, until};
+use insula_tests::{Service, TestHost, guests, load};
+use serde_json::json;
+
+/// Whether a process is there, and not only waits to be buried.
+fn runs(pid: u32) -> bool {
+    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+    // proc(5): the state follows the name, which may hold anything.
+    let state = stat
+        .rsplit_once(") ")
+        .and_then(|(_, rest)| rest.chars().next());
+    state.is_some_and(|state| state != 'Z' && state != 'X')
+}
+
+/// Asks on connections of its own until one is answered; says how long that took.
+pub(crate) fn answered_after(service: &Service, since: Instant) -> Duration {
+    until(
+        Duration::from_secs(10),
+        "requests are answered again",
+        || {
+            let patience = Duration::from_secs(5);
+            match service.get("/").patience(patience).try_send() {
+                Ok(answer) if answer.status == 200 => Ok(since.elapsed()),
+                Ok(answer) => panic!("a wrong answer: {} {}", answer.status, answer.text()),
+                Err(broken) => Err(format!("{broken:?}")),
+            }
+        },
+    )
+}
+
+#[test]
+fn a_killed_data_process_is_replaced_and_serves_the_same() {
+    let host = TestHost::start();
+    let tenant = host.tenant("a").create();
+    let services: Vec<_> = (0..5)
+        .map(|n| {
+            let service = tenant.service(&format!("s{n}"));
+            service.env("N", &n.to_string()).deploy("hello")
+        })
+        .collect();
+    let preview = services[0].upload(guests::bytes("echo"));
+    assert_eq!(preview.status, 201, "{}", preview.text());
+    host.admin().put(
+        &format!("{}/traffic", services[0].path()),
+        &json!({"1": 100}),
+    );
+    let control = host.pid();
+    let mut longest = Duration::ZERO;
+    for round in 0..5u64 {
+        let before = host.data_pid();
+        let ended = AtomicBool::new(false);
+        std::thread::scope(|scope| {
+            // Load while it dies: these connections break, and that is all that they see.
+            scope.spawn(|| {
+                while !ended.load(Ordering::Relaxed) {
+                    if let Ok(answer) = services[1].get("/").try_send() {
+                        assert_eq!(answer.status, 200, "{}", answer.text());
+                    }
+                }
+            });
+            std::thread::sleep(Duration::from_millis(37 * round));
+            host.kill_data();
+            let since = Instant::now();
+            for service in &services {
+                let away = answered_after(service, since);
+                longest = longest.max(away);
+            }
+            ended.store(true, Ordering::Relaxed);
+        });
+        assert_ne!(host.data_pid(), before, "another process serves");
+        assert_eq!(host.pid(), control, "control is the same");
+        until(Duration::from_secs(5), "the host is ready", || {
+            let ready = host.admin_as(None).request("GET", "/readyz").send();
+            holds(ready.status == 200, ready.text())
+        });
+    }
+    eprintln!("killed 5 times under load: answered again within {longest:?}");
+    let shown = host.admin().get("/v1/host");
+    assert_eq!(shown["data_plane"]["restarts"], 5, "{shown}");
+}
+
+#[test]
+fn changes_are_acknowledged_while_the_data_process_dies() {
+    let host = TestHost::start();
+    let tenant = host.tenant("a").create();
+    let first = tenant.deploy("hello");
+    let done = AtomicBool::new(false);
+    let services = std::thread::scope(|scope| {
+        scope.spawn(|| {
+            // Any instants will do, as long as they are not always the same of a deploy.
+            for pause in (0..).map(|n| 90 + n * 149 % 310) {
+                std::thread::sleep(Duration::from_millis(pause));
+                if done.load(Ordering::Relaxed) {
+                    return;
+                }
+                host.kill_data();
+            }
+        });
+        let services: Vec<_> = (0..12)
+            .map(|n| tenant.service(&format!("s{n}")).deploy("hello"))
+            .collect();
+        for service in &services[6..] {
+            let spec = json!({"usage_header": true});
+            host.admin().put(&service.path(), &spec);
+        }
+        services[0].delete();
+        done.store(true, Ordering::Relaxed);
+        services
+    });
+    answered_after(&first, Instant::now());
+    assert_eq!(services[0].get("/").send().status, 404, "deleted");
+    for (n, service) in services.iter().enumerate().skip(1) {
+        let answer = service.get("/").send();
+        assert_eq!(answer.status, 200, "{}: {}", service.name(), answer.text());
+        let usage = answer.header("insula-usage");
+        assert_eq!(usage.is_some(), n >= 6, "{}: {usage:?}", service.name());
+    }
+}
+
+#[test]
+fn what_was_reported_before_a_death_stays_in_the_books() {
+    let host = TestHost::start();
+    let service = host.tenant("a").create().deploy("hello");
+    for _ in 0..50 {
+        assert_eq!(service.get("/").send().status, 200);
+    }
+    let requests = |host: &TestHost| host.usage("a")["requests"]["ok"].as_u64();
+    until(Duration::from_secs(5), "the requests are counted", || {
+        let counted = requests(&host);
+        holds(counted == Some(50), format!("{counted:?}"))
+    });
+    host.kill_data();
+    answered_after(&service, Instant::now());
+    until(
+        Duration::from_secs(5),
+        "the next one is counted, too",
+        || {
+            let counted = requests(&host);
+            holds(counted >= Some(51), format!("{counted:?}"))
+        },
+    );
+    host.restart();
+    assert!(requests(&host) >= Some(51), "{:?}", host.usage("a"));
+}
+
+#[test]
+fn the_data_process_goes_with_a_control_that_is_killed() {
+    let host = TestHost::start();
+    let service = host.tenant("a").create().deploy("hello");
+    let data = host.data_pid();
+    host.kill();
+    until(Duration::from_secs(1), "the data process is gone", || {
+        holds(!runs(data), "it runs")
+    });
+    host.start_again();
+    assert_eq!(service.get("/").send().status, 200);
+}
+
+#[test]
+fn the_data_process_has_artefacts_open_and_nothing_else_of_the_data_directory() {
+    let host = TestHost::start();
+    let service = host.tenant("a").create().deploy("hello");
+    assert_eq!(service.get("/").send().status, 200);
+    let open = std::fs::read_dir(format!("/proc/{}/fd", host.data_pid())).expect("proc(5)");
+    let open: Vec<_> = open
+        .flatten()
+        .filter_map(|entry| std::fs::read_link(entry.path()).ok())
+        .collect();
+    let data = host.data().canonicalize().expect("the data directory");
+    let inside = open.iter().filter(|path| path.starts_with(&data));
+    let others = |path: &&PathBuf| !path.starts_with(data.join("artefacts"));
+    let others: Vec<_> = inside.filter(others).collect();
+    assert!(others.is_empty(), "{others:?}");
+    assert!(open.len() > 4, "{open:?}");
+}
+
+/// A field of `/proc/PID/status`.
+fn status(pid: u32, field: &str) -> String {
+    let text = std::fs::read_to_string(format!("/proc/{pid}/status")).expect("proc(5)");
+    let line = text.lines().find_map(|line| line.strip_prefix(field));
+    line.unwrap_or_else(|| panic!("{field}: {text}"))
+        .trim_start_matches(':')
+        .trim()
+        .to_owned()
+}
+
+#[test]
+fn the_data_process_is_shut_in_as_far_as_the_host_says() {
+    let host = TestHost::start();
+    let service = host.tenant("a").create().deploy("hello");
+    assert_eq!(service.get("/").send().status, 200);
+    let data = host.data_pid();
+    let walls = host.admin().get("/v1/host")["data_plane"]["walls"].clone();
+    let holds = |name: &str| {
+        let walls = walls.as_array().expect("a list").iter();
+        let mut wall = walls.filter(|wall| wall["name"] == name);
+        let wall = wall.next().unwrap_or_else(|| panic!("no wall {name}"));
+        wall["missing"].is_null()
+    };
+    // These need no privilege, and no kernel that we run on lacks them.
+    for name in ["closed descriptors", "system calls", "no new privileges"] {
+        assert!(holds(name), "{name}: {walls}");
+    }
+    assert_eq!(status(data, "Seccomp"), "2");
+    assert_eq!(status(data, "NoNewPrivs"), "1");
+    let score = std::fs::read_to_string(format!("/proc/{data}/oom_score_adj"));
+    assert_eq!(score.expect("proc(5)").trim(), "500");
+    if holds("no capabilities") {
+        assert_eq!(status(data, "CapEff"), "0000000000000000");
+    }
+    if holds("own user") {
+        let user = status(data, "Uid");
+        assert!(user.split_whitespace().all(|id| id != "0"), "{user}");
+    }
+    if holds("empty root") {
+        let root = std::fs::read_dir(format!("/proc/{data}/root/")).expect("proc(5)");
+        assert_eq!(root.count(), 0, "something is in its root");
+    } else {
+        eprintln!("skipped: the empty root, since the kernel refuses it here");
+    }
+}
+
+/// A service that has a volume at `/data`.
+fn keeper(host: &TestHost) -> Service {
+    let tenant = host.tenant("a").create();
+    host.admin()
+        .put("/v1/tenants/a/volumes/data", &json!({"size": "1MiB"}));
+    let spec = json!({"volumes": [{"name": "data", "path": "/data"}]});
+    tenant.service("files").spec(spec).deploy("files")
+}
+
+#[test]
+fn a_volume_is_as_it_was_when_the_data_process_is_replaced() {
+    let host = TestHost::start();
+    let files = keeper(&host);
+    let used = || host.admin().get("/v1/tenants/a/volumes/data")["used_bytes"].as_u64();
+    for round in 1..=3u64 {
+        let target = format!("/data/{round}");
+        let put = files.request("PUT", &target).body("hello");
+        assert_eq!(put.send().status, 200);
+        host.kill_data();
+        until(Duration::from_secs(10), "the file is read again", || {
+            let answer = files.get(&target).try_send();
+            match answer {
+                Ok(answer) => holds(answer.text() == "hello", answer.text()),
+                Err(broken) => Err(format!("{broken:?}")),
+            }
+        });
+        // A block and an inode each, counted anew by the one that there is now.
+        until(Duration::from_secs(5), "the volume is counted", || {
+            let used = used();
+            holds(used == Some(round * 5 * 1_024), format!("{used:?}"))
+        });
+    }
+}
+
+#[test]
+fn the_data_process_finds_nothing_above_a_volume() {
+    let host = TestHost::start();
+    let files = keeper(&host);
+    assert_eq!(files.request("PUT", "/data/a").body("x").send().status, 200);
+    let volumes = std::fs::read_dir(host.data().join("volumes")).expect("a directory");
+    let volume = volumes.flatten().next().expect("a volume").path();
+    let inode = |path: PathBuf| std::fs::metadata(path).map(|found| found.ino()).ok();
+    let is = inode(volume.clone()).expect("it is there");
+    let walls = host.admin().get("/v1/host")["data_plane"]["walls"].clone();
+    let missing = |name: &str| {
+        let walls = walls.as_array().expect("a list").iter();
+        let mut wall = walls.filter(|wall| wall["name"] == name);
+        wall.next().expect("a wall")["missing"].clone()
+    };
+    let owner = std::fs::metadata(volume.join("a")).expect("written").uid();
+    let user = status(host.data_pid(), "Uid");
+    let user = user.split_whitespace().next().expect("proc(5)");
+    assert_eq!(owner.to_string(), user, "the file is of the data process");
+    if !missing("nothing above volumes").is_null() {
+        eprintln!("skipped: no mounts can be made here");
+        return;
+    }
+    let open = std::fs::read_dir(format!("/proc/{}/fd", host.data_pid())).expect("proc(5)");
+    let open: Vec<_> = open.flatten().map(|entry| entry.path()).collect();
+    let mut held = open.iter().filter(|fd| inode((*fd).clone()) == Some(is));
+    let held = held.next().expect("it has the volume open");
+    assert_eq!(inode(held.join("..")), Some(is), "above it is itself");
+    assert_eq!(inode(held.join("../../..")), Some(is), "and above that");
+}
+
+#[test]
+fn an_upgrade_in_place_fails_no_request() {
+    let rounds: u32 = std::env::var("INSULA_UPGRADES").map_or(2, |n| n.parse().expect("a number"));
+    let host = TestHost::plan().arg("--drain", "30s").start();
+    let tenant = host.tenant("a").create();
+    let hello = tenant.deploy("hello");
+    let slow = tenant
+        .service("slow")
+        .limits(json!({"timeout": "60s"}))
+        .deploy("sse");
+    let ended = AtomicBool::new(false);
+    let more = || !ended.load(Ordering::Relaxed);
+    let (kept, streams) = std::thread::scope(|scope| {
+        let request = hello.get("/");
+        let kept = scope.spawn(move || load::as_long_as(more, 4, &request));
+        let request = slow.get("/");
+        let streams = scope.spawn(move || load::as_long_as(more, 2, &request));
+        for _ in 0..rounds {
+            host.upgrade();
+            let ready = host.admin_as(None).request("GET", "/readyz").send();
+            assert_eq!(ready.status, 200, "{}", ready.text());
+        }
+        ended.store(true, Ordering::Relaxed);
+        (
+            kept.join().expect("a client"),
+            streams.join().expect("a client"),
+        )
+    });
+    eprintln!(
+        "{rounds} upgrades: {} requests on connections that were kept, {} streams, none failed; \
+         the slowest request took {:?}",
+        kept.total(),
+        streams.total(),
+        kept.quantile(1.0),
+    );
+    assert_eq!(
+        kept.status(200),
+        kept.total(),
+        "{:?} {:?}",
+        kept.statuses,
+        kept.problems
+    );
+    assert_eq!(
+        streams.status(200),
+        streams.total(),
+        "{:?}",
+        streams.statuses
+    );
+    until(Duration::from_secs(10), "all of it is in the books", || {
+        let usage = host.usage("a");
+        let counted = usage["requests"]["ok"].as_u64();
+        let sent = kept.total() + streams.total();
+        holds(counted == Some(sent), format!("{counted:?} of {sent}"))
+    });
+}
