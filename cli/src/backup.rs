@@ -77,8 +77,9 @@ pub(crate) fn restore(args: &RestoreArgs) -> Result<()> {
     let file = File::open(&args.from).with_context(|| args.from.display().to_string())?;
     let restored = insula_host::state::backup::restore(BufReader::new(file), &args.data)?;
     output::note(&format!(
-        "restored {} components into {}; `insula serve --data {}` compiles and serves them",
+        "restored {} components and {} volumes into {}; `insula serve --data {}` compiles and serves them",
         restored.components,
+        restored.volumes,
         args.data.display(),
         args.data.display()
     ));

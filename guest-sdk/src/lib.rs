@@ -28,6 +28,7 @@
 //! | structured logging | [`mod@log`] |
 //! | asking other servers | [`fetch()`] |
 //! | waiting | [`mod@time`], and any combinator of the `futures` crates |
+//! | keys and values that outlive a request | [`store`] |
 //! | what the request has cost so far | [`usage()`] |
 //!
 //! [`Request`] and [`Response`] are thin: they dereference to, and convert from
@@ -51,6 +52,7 @@ mod writer;
 
 pub mod env;
 pub mod log;
+pub mod store;
 #[cfg(not(target_os = "wasi"))]
 pub mod test;
 pub mod time;

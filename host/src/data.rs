@@ -35,8 +35,8 @@ use tokio::sync::{mpsc, watch};
 
 use crate::engine::artefact::ArtefactKey;
 use crate::engine::{
-    Engine, EngineError, EngineLimits, HostMemory, Mounted, Program, Room, Shelf, TenantMemory,
-    Vault,
+    Engine, EngineError, EngineLimits, HostMemory, Mounted, Place, Program, Room, Shelf,
+    TenantMemory, Vault,
 };
 use crate::ingress::Ingress;
 use crate::ingress::logs::{LogHub, ServiceLog};
@@ -328,7 +328,11 @@ impl Desk {
                     directory,
                 } => self.set_volume(id, tenant, spec, directory),
                 ToData::DropVolume(id) => {
-                    self.volumes.remove(&id);
+                    let gone = self.volumes.remove(&id);
+                    // Here and not where the last request that used it ends: it may block.
+                    if let Some((tenant, volume)) = gone.filter(|(_, volume)| volume.is_store()) {
+                        self.close_store(tenant, &volume);
+                    }
                     Ok(())
                 }
                 ToData::CopyVolume { from, to, spec } => {
@@ -482,13 +486,18 @@ impl Desk {
 
     /// The volumes of a service, as its guests find them.
     fn mounts(&self, intent: &ServiceIntent) -> Result<Vec<Mounted>, Refusal> {
-        let mounts = intent.spec.volumes.iter().zip(&intent.mounts);
-        let mounts = mounts.map(|(mount, id)| {
+        let spec = &intent.spec;
+        let paths = spec.volumes.iter().map(|mount| mount.path.to_string());
+        let places = paths.map(Place::Path);
+        let stores = spec.stores.iter().map(|store| store.name.to_string());
+        let places = places.chain(stores.map(Place::Store));
+        let used = spec.used_volumes().zip(places).zip(&intent.mounts);
+        let mounts = used.map(|(((_, _, mode), place), id)| {
             let (_, volume) = self.volumes.get(id).ok_or(Refusal::UnknownVolume(*id))?;
             Ok(Mounted {
                 volume: Arc::clone(volume),
-                path: mount.path.to_string(),
-                writable: mount.mode == MountMode::Rw,
+                place,
+                writable: mode == MountMode::Rw,
             })
         });
         mounts.collect()
@@ -629,13 +638,30 @@ impl Desk {
         }
         let volumes = self.volumes.iter();
         let volumes = volumes.filter_map(|(id, (_, volume))| Some((*id, volume.counted()?)));
-        Collected {
+        let collected = Collected {
             volumes: volumes.collect(),
             usage,
             versions,
             broken: self.look_after_programs(now),
             metrics: (what == Collect::Families).then(|| self.metrics.expose()),
+        };
+        self.close_idle_stores(now);
+        collected
+    }
+
+    /// Closes databases of guests that nobody called for a while.
+    fn close_idle_stores(&self, now: Instant) {
+        for (tenant, volume) in self.volumes.values() {
+            if volume.is_idle_store(now) {
+                self.close_store(*tenant, volume);
+            }
         }
+    }
+
+    fn close_store(&self, tenant: TenantId, volume: &Arc<Volume>) {
+        let volume = Arc::clone(volume);
+        let close = move || volume.close_store();
+        self.pool.offload().submit(tenant, None, Box::new(close));
     }
 
     /// Lets go of code that nobody asked for; names the services whose artefact does not load.

@@ -174,7 +174,7 @@ pub struct ServiceIntent<F = File> {
     /// names only. The service is refused when one with a share cannot be loaded; others are left
     /// out.
     pub versions: Vec<IntendedVersion<F>>,
-    /// The volumes that `spec` mounts, in its order.
+    /// The volumes that `spec` uses, in the order of [`ServiceSpec::used_volumes`].
     pub mounts: Vec<VolumeId>,
 }
 

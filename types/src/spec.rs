@@ -11,11 +11,12 @@ use std::num::NonZeroU32;
 
 use serde::{Deserialize, Serialize};
 
+use crate::VolumeName;
 use crate::outbound::{OUTBOUND_MAX, OutboundRule};
 use crate::quantity::{Bytes, Fuel, Millicores, Millis, Shares};
 use crate::rollback::AutoRollback;
 use crate::traffic::StickyHeader;
-use crate::volume::{self, Mount};
+use crate::volume::{self, Mount, MountMode, StoreGrant, VolumeKind};
 
 /// Everything that is wrong with a spec, each with the path of its field.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
@@ -413,6 +414,9 @@ pub struct ServiceSpec {
     pub routes: Vec<Route>,
     /// What its guests keep, and where they find it.
     pub volumes: Vec<Mount>,
+    /// Stores of keys and values that its guests may open.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub stores: Vec<StoreGrant>,
     /// Where its guests may send HTTP requests to.
     pub outbound: Vec<OutboundRule>,
     /// Whether answers carry `insula-usage`.
@@ -446,6 +450,7 @@ struct RawServiceSpec {
     env: BTreeMap<String, String>,
     routes: Vec<Route>,
     volumes: Vec<Mount>,
+    stores: Vec<StoreGrant>,
     outbound: Vec<String>,
     usage_header: bool,
     sticky_header: Option<StickyHeader>,
@@ -461,6 +466,16 @@ pub const ENV_MAX_VARIABLES: usize = 256;
 pub const ROUTES_MAX: usize = 64;
 /// The least memory that a Wasm instance can be given: one page.
 const MEMORY_MIN: Bytes = Bytes::constant(64 << 10);
+
+impl ServiceSpec {
+    /// All volumes that it uses, with what it takes each for: those that it mounts, then its stores.
+    pub fn used_volumes(&self) -> impl Iterator<Item = (&VolumeName, VolumeKind, MountMode)> {
+        let mounts = self.volumes.iter();
+        let mounts = mounts.map(|mount| (&mount.name, VolumeKind::Files, mount.mode));
+        let stores = self.stores.iter();
+        mounts.chain(stores.map(|store| (&store.name, VolumeKind::Store, store.mode)))
+    }
+}
 
 impl TryFrom<RawServiceSpec> for ServiceSpec {
     type Error = SpecErrors;
@@ -502,12 +517,14 @@ impl TryFrom<RawServiceSpec> for ServiceSpec {
             );
         }
         volume::check(&mut errors, &raw.volumes);
+        volume::check_stores(&mut errors, &raw.stores);
         let outbound = check_outbound(&mut errors, &raw.outbound);
         errors.into_result(Self {
             limits,
             env: raw.env,
             routes: raw.routes,
             volumes: raw.volumes,
+            stores: raw.stores,
             outbound,
             usage_header: raw.usage_header,
             sticky_header: raw.sticky_header,
@@ -623,11 +640,11 @@ mod tests {
         ] {
             assert!(error.contains(path), "{path} is missing in {error}");
         }
-        let json = r#"{"env":{"A=B":"x"},"volumes":[{"name":"a","path":"/a"},{"name":"a","path":"/b"}],"outbound":["https://x/"],"limits":{"memory":1}}"#;
+        let json = r#"{"env":{"A=B":"x"},"stores":[{"name":"s"},{"name":"s"}],"volumes":[{"name":"a","path":"/a"},{"name":"a","path":"/b"}],"outbound":["https://x/"],"limits":{"memory":1}}"#;
         let error = serde_json::from_str::<ServiceSpec>(json)
             .unwrap_err()
             .to_string();
-        for path in ["env", "volumes", "outbound", "limits.memory"] {
+        for path in ["env", "volumes", "stores", "outbound", "limits.memory"] {
             assert!(error.contains(path), "{path} is missing in {error}");
         }
     }

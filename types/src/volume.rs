@@ -19,7 +19,18 @@ pub const SIZE_DEFAULT: Bytes = Bytes::mib(1024);
 /// Longest path of a mount.
 const PATH_MAX_BYTES: usize = 256;
 
-/// How much a volume holds.
+/// What is in a volume.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum VolumeKind {
+    /// Files: services mount it as a directory.
+    #[default]
+    Files,
+    /// Keys and values: services open it as a bucket of `wasi:keyvalue`.
+    Store,
+}
+
+/// What a volume holds, and how much.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(try_from = "RawVolumeSpec")]
 pub struct VolumeSpec {
@@ -28,6 +39,9 @@ pub struct VolumeSpec {
     pub size: Bytes,
     /// Files, directories and links.
     pub inodes: u64,
+    /// What is in it; it stays so.
+    #[serde(default)]
+    pub kind: VolumeKind,
 }
 
 impl Default for VolumeSpec {
@@ -35,6 +49,7 @@ impl Default for VolumeSpec {
         Self {
             size: SIZE_DEFAULT,
             inodes: INODES_DEFAULT,
+            kind: VolumeKind::Files,
         }
     }
 }
@@ -45,6 +60,7 @@ struct RawVolumeSpec {
     #[serde(alias = "size_bytes")]
     size: Option<Bytes>,
     inodes: Option<u64>,
+    kind: VolumeKind,
 }
 
 impl TryFrom<RawVolumeSpec> for VolumeSpec {
@@ -56,6 +72,7 @@ impl TryFrom<RawVolumeSpec> for VolumeSpec {
         let spec = Self {
             size: raw.size.unwrap_or(defaults.size),
             inodes: raw.inodes.unwrap_or(defaults.inodes),
+            kind: raw.kind,
         };
         if spec.inodes == 0 || spec.inodes > INODES_MAX {
             errors.push("inodes", format_args!("from 1 to {INODES_MAX}"));
@@ -141,6 +158,33 @@ pub struct Mount {
     pub mode: MountMode,
 }
 
+/// A store of keys and values that a service may open, by the volume's name.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct StoreGrant {
+    /// Which of the tenant's volumes.
+    pub name: VolumeName,
+    /// What its guests may do with it.
+    #[serde(default)]
+    pub mode: MountMode,
+}
+
+/// Notes what is wrong with the stores of one service.
+pub(crate) fn check_stores(errors: &mut SpecErrors, stores: &[StoreGrant]) {
+    if stores.len() > MOUNTS_MAX {
+        let given = stores.len();
+        errors.push(
+            "stores",
+            format_args!("at most {MOUNTS_MAX}, {given} given"),
+        );
+    }
+    for (index, store) in stores.iter().enumerate() {
+        if stores[..index].iter().any(|other| other.name == store.name) {
+            errors.push("stores", format_args!("{} twice", store.name));
+        }
+    }
+}
+
 /// Notes what is wrong with the mounts of one service.
 pub(crate) fn check(errors: &mut SpecErrors, mounts: &[Mount]) {
     if mounts.len() > MOUNTS_MAX {
@@ -169,16 +213,22 @@ mod tests {
     fn specs() {
         let spec: VolumeSpec = serde_json::from_str(r#"{"size":"64MiB","inodes":10}"#).unwrap();
         let printed = serde_json::to_string(&spec).unwrap();
-        assert_eq!(printed, r#"{"size_bytes":67108864,"inodes":10}"#);
+        assert_eq!(
+            printed,
+            r#"{"size_bytes":67108864,"inodes":10,"kind":"files"}"#
+        );
         assert_eq!(serde_json::from_str::<VolumeSpec>(&printed).unwrap(), spec);
         assert_eq!(
             serde_json::from_str::<VolumeSpec>("{}").unwrap(),
             VolumeSpec::default()
         );
+        let store: VolumeSpec = serde_json::from_str(r#"{"kind":"store"}"#).unwrap();
+        assert_eq!(store.kind, VolumeKind::Store);
         for bad in [
             r#"{"inodes":0}"#,
             r#"{"inodes":99999999}"#,
             r#"{"size":"x"}"#,
+            r#"{"kind":"x"}"#,
             r#"{"x":1}"#,
         ] {
             assert!(serde_json::from_str::<VolumeSpec>(bad).is_err(), "{bad}");

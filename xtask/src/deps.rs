@@ -51,7 +51,7 @@ struct Fenced {
     homes: &'static [&'static str],
 }
 
-const FENCED: [Fenced; 4] = [
+const FENCED: [Fenced; 5] = [
     Fenced {
         roots: &["wasmtime", "wasmtime_wasi", "wasmtime_wasi_http"],
         homes: &["host/src/engine"],
@@ -65,6 +65,10 @@ const FENCED: [Fenced; 4] = [
             "cli/src/client.rs",
             "cli/src/client",
         ],
+    },
+    Fenced {
+        roots: &["redb"],
+        homes: &["host/src/storage/stores"],
     },
     Fenced {
         roots: &["rusqlite"],

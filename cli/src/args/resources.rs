@@ -1,6 +1,7 @@
 //! The verbs that look at what a host keeps, and change it.
 
 use clap::{Args, Subcommand, ValueEnum};
+use insula_types::volume::VolumeKind;
 use insula_types::{Bytes, Millis, TenantName, VolumeName};
 
 use super::{Connection, Look, ServiceRef, VolumeRef};
@@ -35,6 +36,14 @@ pub(crate) enum TenantsVerb {
     },
 }
 
+fn kind(text: &str) -> Result<VolumeKind, String> {
+    match text {
+        "files" => Ok(VolumeKind::Files),
+        "store" => Ok(VolumeKind::Store),
+        _ => Err("files or store".to_owned()),
+    }
+}
+
 #[derive(Debug, Subcommand)]
 pub(crate) enum VolumesVerb {
     /// The volumes of a tenant, and what they take
@@ -62,6 +71,9 @@ pub(crate) enum VolumesVerb {
         /// Files, directories and links
         #[arg(long)]
         inodes: Option<u64>,
+        /// files, which services mount, or store, for keys and values; it stays so
+        #[arg(long, value_parser = kind)]
+        kind: Option<VolumeKind>,
         #[command(flatten)]
         look: Look,
     },

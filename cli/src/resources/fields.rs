@@ -63,6 +63,7 @@ pub(super) const SERVICE: &[Field] = &[
     Field::new("env", &["/env"], Kind::Plain),
     Field::new("routes", &["/routes"], Kind::Plain),
     Field::new("volumes", &["/volumes"], Kind::Plain),
+    Field::new("stores", &["/stores"], Kind::Plain),
     Field::new("outbound", &["/outbound"], Kind::Plain),
     Field::new("usage header", &["/usage_header"], Kind::Plain),
     Field::new("requests of an instance", &["/reuse/requests"], Kind::Plain),
@@ -71,6 +72,7 @@ pub(super) const SERVICE: &[Field] = &[
 
 pub(super) const VOLUMES: &[Field] = &[
     Field::new("NAME", &["/name"], Kind::Plain),
+    Field::new("KIND", &["/kind"], Kind::Plain),
     Field::new("USED", &["/used_bytes"], Kind::Bytes),
     Field::new("SIZE", &["/size_bytes"], Kind::Bytes),
     Field::new("USED INODES", &["/used_inodes"], Kind::Plain),
@@ -82,6 +84,7 @@ pub(super) const VOLUMES: &[Field] = &[
 pub(super) const VOLUME: &[Field] = &[
     Field::new("name", &["/name"], Kind::Plain),
     Field::new("tenant", &["/tenant"], Kind::Plain),
+    Field::new("kind", &["/kind"], Kind::Plain),
     Field::new("size", &["/size_bytes"], Kind::Bytes),
     Field::new("used", &["/used_bytes"], Kind::Bytes),
     Field::new("inodes", &["/inodes"], Kind::Plain),

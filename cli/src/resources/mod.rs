@@ -79,6 +79,7 @@ pub(crate) async fn volumes(verb: VolumesVerb) -> Result<()> {
             volume,
             size,
             inodes,
+            kind,
             look,
         } => {
             put(&look, &volume.path(), fields::VOLUME, |mut spec| {
@@ -87,6 +88,9 @@ pub(crate) async fn volumes(verb: VolumesVerb) -> Result<()> {
                 }
                 if let Some(inodes) = inodes {
                     spec["inodes"] = json!(inodes);
+                }
+                if let Some(kind) = kind {
+                    spec["kind"] = json!(kind);
                 }
                 Ok(spec)
             })

@@ -8,7 +8,7 @@ use anyhow::{Context, Result};
 use clap::Args;
 use insula_types::outbound::OutboundRule;
 use insula_types::spec::Route;
-use insula_types::volume::{Mount, MountMode, MountPath};
+use insula_types::volume::{Mount, MountMode, MountPath, StoreGrant};
 use insula_types::{Bytes, Fuel, Millicores, Millis, Shares};
 use serde_json::{Map, Value, json};
 
@@ -134,6 +134,13 @@ pub(crate) struct ServicePatch {
     /// Mount no volumes
     #[arg(long, conflicts_with = "volume")]
     no_volumes: bool,
+    /// A store that guests may open, such as counters, or counters:ro; all that are given replace all
+    /// that are there
+    #[arg(long, value_name = "NAME[:ro]", value_parser = store)]
+    store: Vec<StoreGrant>,
+    /// Let guests open no stores
+    #[arg(long, conflicts_with = "store")]
+    no_stores: bool,
     /// Where guests may send requests to, such as `https://api.example.com`; all that are given replace
     /// all that are there
     #[arg(long, value_name = "ORIGIN", value_parser = outbound)]
@@ -184,6 +191,17 @@ fn volume(text: &str) -> Result<Mount, String> {
     })
 }
 
+fn store(text: &str) -> Result<StoreGrant, String> {
+    let (name, mode) = match text.split_once(':') {
+        None => (text, MountMode::Rw),
+        Some((name, "rw")) => (name, MountMode::Rw),
+        Some((name, "ro")) => (name, MountMode::Ro),
+        Some(_) => return Err("the last part is rw or ro".to_owned()),
+    };
+    let name = name.parse().map_err(|error| format!("{error}"))?;
+    Ok(StoreGrant { name, mode })
+}
+
 fn outbound(text: &str) -> Result<String, String> {
     let rule = text.parse::<OutboundRule>();
     rule.map(String::from).map_err(|error| error.to_string())
@@ -214,6 +232,9 @@ impl ServicePatch {
         }
         if self.no_volumes || !self.volume.is_empty() {
             spec["volumes"] = json!(self.volume);
+        }
+        if self.no_stores || !self.store.is_empty() {
+            spec["stores"] = json!(self.store);
         }
         if self.no_outbound || !self.outbound.is_empty() {
             spec["outbound"] = json!(self.outbound);

@@ -375,12 +375,12 @@ pub(crate) async fn tell_again(control: &Control) {
 /// The volumes that a service mounts, in its order.
 async fn mounts_of(control: &Control, service: &Service) -> Result<Vec<VolumeId>, ApplyError> {
     let (tenant, spec) = (service.tenant_name.clone(), service.spec.clone());
-    if spec.volumes.is_empty() {
+    if spec.used_volumes().next().is_none() {
         return Ok(Vec::new());
     }
     let found = control.store(move |store| {
-        let mounts = spec.volumes.iter();
-        let ids = mounts.map(|mount| store.volume(&tenant, &mount.name).map(|volume| volume.id));
+        let used = spec.used_volumes();
+        let ids = used.map(|(name, ..)| store.volume(&tenant, name).map(|volume| volume.id));
         ids.collect()
     });
     found.await.map_err(ApplyError::Files)

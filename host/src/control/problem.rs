@@ -76,6 +76,7 @@ codes! {
     Unsupported = 422 "unsupported" "This version of insula cannot do that";
     UnknownVolume = 422 "unknown_volume" "The tenant has no such volume";
     VolumeReadOnly = 422 "volume_read_only" "The volume can only be read";
+    VolumeKind = 422 "volume_kind" "The volume is of another kind";
     UnknownVersion = 422 "unknown_version" "The service has no such version";
     UnknownImage = 422 "unknown_image" "There is no such image";
     InvalidImage = 422 "invalid_image" "The image cannot be used";
@@ -216,6 +217,7 @@ impl From<StoreError> for Problem {
             StoreError::Full { .. } => Code::LimitReached,
             StoreError::UnknownVolume(_) => Code::UnknownVolume,
             StoreError::VolumeReadOnly(_) => Code::VolumeReadOnly,
+            StoreError::WrongKind { .. } | StoreError::KindStays => Code::VolumeKind,
             StoreError::VolumeInUse { .. } => Code::VolumeInUse,
             StoreError::NoImage(_) => Code::UnknownImage,
             StoreError::HasMachines { .. } => Code::HasMachines,

@@ -20,6 +20,7 @@ use wasmtime_wasi_http::{
 use super::config::caps;
 use super::files::{Files, FilesView, Mounted};
 use super::guest_log::{GuestLog, LogSink};
+use super::keyvalue::{Bucket, KeyValueView};
 use super::memory::MemoryMeter;
 use super::outgoing::{Errands, Patron};
 
@@ -28,6 +29,7 @@ pub(super) struct Guest {
     table: ResourceTable,
     wasi: Lazy,
     files: Files,
+    mounts: Arc<[Mounted]>,
     http: WasiHttpCtx,
     hooks: Hooks,
     pub(super) memory: MemoryMeter,
@@ -79,7 +81,8 @@ impl Guest {
         Self {
             table,
             wasi: Lazy { made, env, log },
-            files: Files::new(mounts),
+            files: Files::new(Arc::clone(&mounts)),
+            mounts,
             http,
             hooks: Hooks::new(patron),
             memory,
@@ -114,11 +117,11 @@ impl Guest {
     }
 
     /// Whether the guest holds nothing that could belong to a request: what a language's library
-    /// keeps for good are its standard streams and the directories that it began with.
+    /// keeps for good are its standard streams, the directories that it began with, and its buckets.
     pub(super) fn is_clean(&mut self) -> bool {
         let mut held = self.table.iter_mut();
         let kept = |entry: &(dyn std::any::Any + Send)| {
-            entry.is::<DynOutputStream>() || entry.is::<Descriptor>()
+            entry.is::<DynOutputStream>() || entry.is::<Descriptor>() || entry.is::<Bucket>()
         };
         self.files.is_at_rest() && held.all(|entry| kept(&*entry))
     }
@@ -128,6 +131,15 @@ impl Guest {
         FilesView {
             table: &mut self.table,
             files: &mut self.files,
+            patron: self.hooks.way.as_ref(),
+        }
+    }
+
+    /// Its stores of keys and values, for one call.
+    pub(super) fn key_values(&mut self) -> KeyValueView<'_> {
+        KeyValueView {
+            table: &mut self.table,
+            mounts: &self.mounts,
             patron: self.hooks.way.as_ref(),
         }
     }
@@ -257,6 +269,7 @@ pub(super) fn link(linker: &mut Linker<Guest>) -> Result<()> {
     io::streams::add_to_linker::<Guest, Table>(linker, |guest| &mut guest.table)?;
     super::files::link(linker)?;
     linker.allow_shadowing(false);
+    super::keyvalue::link(linker)?;
     wasmtime_wasi_http::p2::add_only_http_to_linker_async(linker)?;
     linker.instance("insula:guest/usage@0.1.0")?.func_wrap(
         "get",

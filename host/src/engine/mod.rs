@@ -13,6 +13,7 @@
 //! * `load`: the unsafe island that maps compiled code that was opened
 //! * `program`: a component's code, in memory only while it is asked
 //! * `files`: `wasi:filesystem` over volumes with quotas
+//! * `keyvalue`: `wasi:keyvalue` over volumes of keys and values
 //! * `guest`: what belongs to one instance: its WASI context, tables and memory meter
 //! * [`outgoing`]: requests that a guest sends
 //! * [`run`]: one request, from instantiation to the verdict
@@ -26,6 +27,7 @@ pub mod config;
 mod files;
 mod guest;
 mod guest_log;
+mod keyvalue;
 mod load;
 mod memory;
 pub mod outgoing;
@@ -36,7 +38,7 @@ mod shelf;
 
 pub use compile::compile_child_main;
 pub use config::{Engine, EngineError, EngineLimits, compatibility};
-pub use files::Mounted;
+pub use files::{Mounted, Place};
 pub use guest_log::{LogLine, LogSink};
 pub use load::LoadError;
 pub use memory::{HostMemory, Refused, TenantMemory};

@@ -239,6 +239,8 @@ const CALLS: &[(i64, Only)] = &[
     (libc::SYS_fsync, ANY),
     (libc::SYS_fdatasync, ANY),
     (libc::SYS_syncfs, ANY),
+    // One process at a time has a store of keys and values.
+    (libc::SYS_flock, ANY),
     (libc::SYS_copy_file_range, ANY),
     (libc::SYS_dup, ANY),
     // Guests' requests: connections that go out. None is waited for that was bound here.

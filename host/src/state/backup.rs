@@ -1,13 +1,16 @@
-//! Backup and restore: the intent and the components in one tar file.
+//! Backup and restore: the intent, the components and what volumes hold in one tar file.
 //!
 //! ```text
 //!  state.db          a copy of the database, as of one moment
 //!  blobs/<hex>       every component that it refers to
+//!  volumes/<hex>     what a volume holds (`storage::pack`), as of one moment
 //!  manifest.json     last: how many there are; without it the file is not whole
 //! ```
 //!
 //! Taken while the host runs: control holds back the removal of files from the copy of the
-//! database to the last byte. Compiled artefacts are not in it (they are good for one engine and
+//! database to the last byte. Each volume is copied by data between two changes, later than the
+//! database was, and sent from the copy: it is what a crash at that moment would have left. Two volumes
+//! are not of the same moment. One that was deleted meanwhile is left out, and is empty when restored. Compiled artefacts are not in it (they are good for one engine and
 //! one kind of CPU, and are made again from the components), nor is any secret: tokens are in the
 //! database as hashes.
 //!
@@ -27,13 +30,18 @@ use serde::{Deserialize, Serialize};
 use super::blobs::Kind;
 use super::dir::{DataDirError, sync_dir};
 use super::sqlite::OpenError;
-use super::{Blobs, DataDir, Health, SqliteStore, Store, StoreError};
+use super::volumes::VolumeDirectory;
+use super::{Blobs, DataDir, Health, SqliteStore, Store, StoreError, Volume};
 use crate::config::COMPONENT_MAX;
+use crate::storage::{Packer, unpack as unpack_volume};
 
 const DATABASE: &str = "state.db";
 const MANIFEST: &str = "manifest.json";
 const BLOBS: &str = "blobs/";
-const FORMAT: u32 = 1;
+const VOLUMES: &str = "volumes/";
+const FORMAT: u32 = 2;
+/// Has no volumes.
+const FORMAT_BEFORE: u32 = 1;
 /// Largest manifest.
 const MANIFEST_MAX_BYTES: u64 = 64 << 10;
 /// What is read at once.
@@ -49,6 +57,19 @@ struct Manifest {
     format: u32,
     insula: String,
     components: usize,
+    #[serde(default)]
+    volumes: usize,
+}
+
+/// What comes next of a backup.
+#[derive(Debug)]
+pub enum Piece {
+    /// These bytes.
+    Bytes(Bytes),
+    /// What this volume holds: a copy is to be made, and told to [`Backup::copied`].
+    Wanted(Volume),
+    /// Nothing.
+    End,
 }
 
 /// A backup on its way, piece by piece.
@@ -56,25 +77,29 @@ struct Manifest {
 pub struct Backup {
     database: Option<File>,
     components: Vec<Digest>,
+    volumes: Vec<Volume>,
+    sent_volumes: usize,
     total: usize,
     manifest_due: bool,
     ended: bool,
     /// The file that is being sent, and how much is left of it.
-    current: Option<(File, u64)>,
+    current: Option<(Source, u64)>,
     /// Zeros that fill its last block.
     padding: usize,
 }
 
 impl Backup {
-    /// A backup of a copy of the database and of these components.
+    /// A backup of a copy of the database, of these components and volumes.
     #[must_use]
-    pub fn new(database: File, components: HashSet<Digest>) -> Self {
+    pub fn new(database: File, components: HashSet<Digest>, volumes: Vec<Volume>) -> Self {
         let mut components: Vec<_> = components.into_iter().collect();
         components.sort_unstable_by(|a, b| b.cmp(a));
         Self {
             database: Some(database),
             total: components.len(),
             components,
+            volumes,
+            sent_volumes: 0,
             manifest_due: true,
             ended: false,
             current: None,
@@ -82,61 +107,95 @@ impl Backup {
         }
     }
 
-    /// The next bytes; `None` after the last.
+    /// What comes next.
     ///
     /// # Errors
     /// Those of the file system; the backup is not whole then.
-    pub fn next(&mut self, blobs: &Blobs) -> io::Result<Option<Bytes>> {
-        if let Some((mut file, left)) = self.current.take() {
-            return self.read(&mut file, left).map(|(chunk, left)| {
-                self.current = (left > 0).then_some((file, left));
-                Some(chunk)
+    pub fn next(&mut self, blobs: &Blobs) -> io::Result<Piece> {
+        if let Some((mut source, left)) = self.current.take() {
+            return self.read(&mut source, left).map(|(chunk, left)| {
+                self.current = (left > 0).then_some((source, left));
+                Piece::Bytes(chunk)
             });
         }
         if let Some(file) = self.database.take() {
-            return self.begin(DATABASE, file).map(Some);
+            return self.begin_file(DATABASE, file).map(Piece::Bytes);
         }
         if let Some(digest) = self.components.pop() {
             let found = blobs.find(Kind::Component, &digest)?;
             let file = found.ok_or_else(|| io::Error::other(format!("{digest} is missing")))?;
             return self
-                .begin(&format!("{BLOBS}{}", digest.hex()), file)
-                .map(Some);
+                .begin_file(&format!("{BLOBS}{}", digest.hex()), file)
+                .map(Piece::Bytes);
+        }
+        if let Some(volume) = self.volumes.pop() {
+            return Ok(Piece::Wanted(volume));
         }
         if std::mem::take(&mut self.manifest_due) {
             let manifest = serde_json::to_vec_pretty(&Manifest {
                 format: FORMAT,
                 insula: env!("CARGO_PKG_VERSION").to_owned(),
                 components: self.total,
+                volumes: self.sent_volumes,
             })?;
             let mut bytes = header(MANIFEST, manifest.len() as u64)?;
             bytes.extend(&manifest);
             bytes.resize(bytes.len() + padding(manifest.len() as u64), 0);
-            return Ok(Some(bytes.into()));
+            return Ok(Piece::Bytes(bytes.into()));
         }
         if std::mem::replace(&mut self.ended, true) {
-            return Ok(None);
+            return Ok(Piece::End);
         }
-        Ok(Some(Bytes::from_static(&END)))
+        Ok(Piece::Bytes(Bytes::from_static(&END)))
     }
 
-    fn begin(&mut self, name: &str, file: File) -> io::Result<Bytes> {
+    /// A volume that was wanted is copied into this directory, which nobody changes until the next
+    /// one is wanted. The next bytes.
+    ///
+    /// # Errors
+    /// Those of the file system; the backup is not whole then.
+    pub fn copied(&mut self, volume: &Volume, copy: &File) -> io::Result<Bytes> {
+        let size_bytes = Packer::size(copy)?;
+        let packer = Source::Volume(Box::new(Packer::new(copy)?));
+        self.sent_volumes += 1;
+        self.begin(
+            &format!("{VOLUMES}{}", volume.directory),
+            packer,
+            size_bytes,
+        )
+    }
+
+    fn begin_file(&mut self, name: &str, file: File) -> io::Result<Bytes> {
         let size_bytes = file.metadata()?.len();
+        self.begin(name, Source::File(file), size_bytes)
+    }
+
+    fn begin(&mut self, name: &str, source: Source, size_bytes: u64) -> io::Result<Bytes> {
         self.padding = padding(size_bytes);
-        self.current = (size_bytes > 0).then_some((file, size_bytes));
+        self.current = (size_bytes > 0).then_some((source, size_bytes));
         Ok(header(name, size_bytes)?.into())
     }
 
-    fn read(&mut self, file: &mut File, left: u64) -> io::Result<(Bytes, u64)> {
+    fn read(&mut self, source: &mut Source, left: u64) -> io::Result<(Bytes, u64)> {
         let size = usize::try_from(left).map_or(CHUNK_BYTES, |left| left.min(CHUNK_BYTES));
         let mut chunk = vec![0; size];
-        file.read_exact(&mut chunk)?;
+        match source {
+            Source::File(file) => file.read_exact(&mut chunk)?,
+            Source::Volume(packer) => packer.read_exact(&mut chunk)?,
+        }
         let left = left - size as u64;
         if left == 0 {
             chunk.resize(chunk.len() + std::mem::take(&mut self.padding), 0);
         }
         Ok((chunk.into(), left))
     }
+}
+
+/// Where the bytes of an entry come from.
+#[derive(Debug)]
+enum Source {
+    File(File),
+    Volume(Box<Packer>),
 }
 
 fn padding(size_bytes: u64) -> usize {
@@ -181,6 +240,8 @@ pub enum RestoreError {
 pub struct Restored {
     /// Components.
     pub components: usize,
+    /// Volumes that came with what they hold.
+    pub volumes: usize,
 }
 
 /// Makes a data directory from a backup. After an error the directory holds no host.
@@ -199,7 +260,8 @@ pub fn restore(backup: impl Read, path: &Path) -> Result<Restored, RestoreError>
     dir.rename(RESTORED, &dir, DATABASE)?;
     sync_dir(&dir)?;
     Ok(Restored {
-        components: unpacked.len(),
+        components: unpacked.components.len(),
+        volumes: unpacked.volumes.len(),
     })
 }
 
@@ -210,13 +272,16 @@ fn content(what: impl std::fmt::Display) -> RestoreError {
     RestoreError::Content(what.to_string())
 }
 
-/// Writes what is in the archive; gives the components.
-fn unpack(
-    backup: impl Read,
-    data: &DataDir,
-    blobs: &mut Blobs,
-) -> Result<BTreeSet<Digest>, RestoreError> {
-    let mut components = BTreeSet::new();
+/// What came beside the database.
+#[derive(Debug, Default)]
+struct Unpacked {
+    components: BTreeSet<Digest>,
+    volumes: BTreeSet<String>,
+}
+
+/// Writes what is in the archive.
+fn unpack(backup: impl Read, data: &DataDir, blobs: &mut Blobs) -> Result<Unpacked, RestoreError> {
+    let mut unpacked = Unpacked::default();
     let mut manifest = None;
     let mut database = false;
     let mut archive = tar::Archive::new(backup);
@@ -243,22 +308,30 @@ fn unpack(
                 return Err(content(format_args!("{digest} is too large")));
             }
             component(&mut entry, &digest, blobs)?;
-            components.insert(digest);
+            unpacked.components.insert(digest);
+        } else if let Some(name) = name.strip_prefix(VOLUMES) {
+            let directory: VolumeDirectory = name.parse().map_err(content)?;
+            if !unpacked.volumes.insert(name.to_owned()) {
+                return Err(content(format_args!("the volume {name} came twice")));
+            }
+            let made = blobs.make_volume(&directory)?;
+            unpack_volume(&mut entry, &made).map_err(content)?;
         } else {
             return Err(content(format_args!("{name:?} has no place in it")));
         }
     }
     let manifest = manifest.ok_or_else(|| content("it ends early"))?;
-    if manifest.format != FORMAT {
+    if ![FORMAT, FORMAT_BEFORE].contains(&manifest.format) {
         return Err(content(format_args!(
             "it has format {}, this insula reads {FORMAT}",
             manifest.format
         )));
     }
-    if !database || manifest.components != components.len() {
+    let came = (unpacked.components.len(), unpacked.volumes.len());
+    if !database || (manifest.components, manifest.volumes) != came {
         return Err(content("something is missing"));
     }
-    Ok(components)
+    Ok(unpacked)
 }
 
 fn component(
@@ -282,12 +355,21 @@ fn component(
     Ok(())
 }
 
-fn check(data: &DataDir, components: &BTreeSet<Digest>) -> Result<(), RestoreError> {
+fn check(data: &DataDir, unpacked: &Unpacked) -> Result<(), RestoreError> {
     let mut store = SqliteStore::open_file(data, RESTORED, Health::default())?;
     store.check().map_err(content)?;
     let wanted = store.digests()?;
-    match wanted.iter().find(|digest| !components.contains(digest)) {
-        Some(missing) => Err(content(format_args!("{missing} is missing"))),
+    let missing = |digest: &&Digest| !unpacked.components.contains(digest);
+    if let Some(missing) = wanted.iter().find(missing) {
+        return Err(content(format_args!("{missing} is missing")));
+    }
+    let volumes = store.volume_directories()?;
+    match unpacked
+        .volumes
+        .iter()
+        .find(|name| !volumes.contains(*name))
+    {
+        Some(name) => Err(content(format_args!("nothing refers to the volume {name}"))),
         None => Ok(()),
     }
 }
@@ -299,16 +381,23 @@ pub(crate) fn write_all(
     blobs: &Blobs,
     mut into: impl io::Write,
 ) -> io::Result<()> {
-    while let Some(chunk) = backup.next(blobs)? {
-        into.write_all(&chunk)?;
+    loop {
+        match backup.next(blobs)? {
+            Piece::Bytes(chunk) => into.write_all(&chunk)?,
+            // Nobody changes it here.
+            Piece::Wanted(volume) => {
+                let copy = blobs.open_volume(&volume.directory)?;
+                into.write_all(&backup.copied(&volume, &copy)?)?;
+            }
+            Piece::End => return Ok(()),
+        }
     }
-    Ok(())
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::state::{NewVersion, Precondition, Timestamp};
+    use crate::state::{NewVersion, NewVolume, Precondition, Timestamp};
 
     fn component(blobs: &mut Blobs, content: &[u8]) -> Digest {
         let mut file = blobs.create().unwrap();
@@ -342,10 +431,21 @@ mod tests {
             };
             store.add_version(service, &upload, true, now).unwrap();
         }
+        let new = NewVolume {
+            spec: Default::default(),
+            directory: VolumeDirectory::random().unwrap(),
+            read_only: false,
+            origin: None,
+        };
+        let put = store.put_volume(&tenant, &"data".parse().unwrap(), &new, none, now);
+        let volume = put.unwrap().record().clone();
+        blobs.make_volume(&new.directory).unwrap();
+        let inside = path.join("volumes").join(new.directory.as_str());
+        std::fs::write(inside.join("kept"), "what a guest wrote").unwrap();
         let copy = store.copy(&blobs.directory().unwrap()).unwrap();
         let mut tar = Vec::new();
         write_all(
-            Backup::new(copy, store.digests().unwrap()),
+            Backup::new(copy, store.digests().unwrap(), vec![volume]),
             &blobs,
             &mut tar,
         )
@@ -360,7 +460,10 @@ mod tests {
         let path = to.path().join("new");
         assert_eq!(
             restore(&tar[..], &path).unwrap(),
-            Restored { components: 2 }
+            Restored {
+                components: 2,
+                volumes: 1
+            }
         );
         let data = DataDir::open(&path).unwrap();
         let mut store = SqliteStore::open(&data, Health::default()).unwrap();
@@ -378,6 +481,12 @@ mod tests {
         for digest in &digests {
             assert!(blobs.find(Kind::Component, digest).unwrap().is_some());
         }
+        let volume = store
+            .volume(&"a".parse().unwrap(), &"data".parse().unwrap())
+            .unwrap();
+        let inside = path.join("volumes").join(volume.directory.as_str());
+        let kept = std::fs::read_to_string(inside.join("kept")).unwrap();
+        assert_eq!(kept, "what a guest wrote");
         drop((store, blobs, data));
         let again = restore(&tar[..], &path).unwrap_err();
         assert!(matches!(again, RestoreError::NotEmpty(_)), "{again}");
@@ -411,6 +520,13 @@ mod tests {
         let mut changed = tar.clone();
         changed[position] ^= 1;
         refused(&changed, "another component");
+        for word in [&b"kept"[..], b"volumes/"] {
+            let mut other = tar.clone();
+            let all: Vec<_> = tar.windows(word.len()).enumerate().collect();
+            let last = all.iter().rev().find(|(_, part)| *part == word);
+            other[last.unwrap().0 + 2] = b'/';
+            refused(&other, "another volume");
+        }
         let mut name = tar.clone();
         name[header..header + 6].copy_from_slice(b"../../");
         refused(&name, "another name");

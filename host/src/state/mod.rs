@@ -20,6 +20,7 @@
 
 use std::collections::HashSet;
 
+use insula_types::volume::VolumeKind;
 use insula_types::{
     Digest, ImageName, ServiceId, ServiceName, ServiceSpec, TenantId, TenantName, TenantSpec,
     Traffic, VersionNumber, VolumeName,
@@ -73,6 +74,13 @@ pub const AUDIT_KEPT: u64 = 100_000;
 /// How long an idempotency key is remembered.
 pub const REMEMBERED_FOR: std::time::Duration = std::time::Duration::from_secs(24 * 3_600);
 
+const fn contents(kind: VolumeKind) -> &'static str {
+    match kind {
+        VolumeKind::Files => "files, and is mounted with \"volumes\"",
+        VolumeKind::Store => "keys and values, and is opened with \"stores\"",
+    }
+}
+
 /// Why the store did not do what it was asked.
 #[derive(Debug, thiserror::Error)]
 pub enum StoreError {
@@ -107,6 +115,17 @@ pub enum StoreError {
     /// A service wants to write to a volume that can only be read.
     #[error("volumes: {0:?} is a snapshot and can only be mounted with \"mode\": \"ro\"")]
     VolumeReadOnly(String),
+    /// A service wants files of a store, or keys and values of files.
+    #[error("the volume {name:?} has {}", contents(*is))]
+    WrongKind {
+        /// The volume.
+        name: String,
+        /// What is in it.
+        is: VolumeKind,
+    },
+    /// What is in a volume stays of its kind.
+    #[error("a volume's kind stays what it was when the volume was created")]
+    KindStays,
     /// A service mounts the volume.
     #[error("the service {service:?} mounts this volume")]
     VolumeInUse {

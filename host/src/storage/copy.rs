@@ -124,16 +124,31 @@ impl Copy {
                 }
             }
         }
-        let time = |seconds, nanos| Timespec {
-            tv_sec: seconds,
-            tv_nsec: i64::try_from(nanos).unwrap_or(0),
-        };
-        let times = Timestamps {
-            last_access: time(stat.st_atime, stat.st_atime_nsec),
-            last_modification: time(stat.st_mtime, stat.st_mtime_nsec),
-        };
-        Ok(rustix::fs::futimens(&to, &times)?)
+        let nanoseconds = |nanos| u32::try_from(nanos).unwrap_or(0);
+        let accessed = (stat.st_atime, nanoseconds(stat.st_atime_nsec));
+        set_times(
+            &to,
+            accessed,
+            (stat.st_mtime, nanoseconds(stat.st_mtime_nsec)),
+        )
     }
+}
+
+/// Sets when a file was read and when it was changed, in seconds and nanoseconds.
+pub(super) fn set_times(
+    file: impl AsFd,
+    accessed: (i64, u32),
+    changed: (i64, u32),
+) -> io::Result<()> {
+    let time = |(tv_sec, nanos)| Timespec {
+        tv_sec,
+        tv_nsec: i64::from(nanos),
+    };
+    let times = Timestamps {
+        last_access: time(accessed),
+        last_modification: time(changed),
+    };
+    Ok(rustix::fs::futimens(file, &times)?)
 }
 
 /// Copies everything below one directory into another one, which is empty, and makes it durable.

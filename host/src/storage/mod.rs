@@ -22,24 +22,30 @@
 //! *Invariant:* below a volume nothing is reached by an ambient path; the sum of a tenant's volumes
 //! never grows beyond its limit by a guest's doing.
 
+mod account;
 mod copy;
+mod pack;
+mod stores;
 #[cfg(test)]
 mod tests;
 mod walk;
 
-use std::collections::HashMap;
 use std::collections::hash_map::Entry;
 use std::fs::File;
 use std::io;
 use std::ops::AddAssign;
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use insula_types::VolumeId;
 use insula_types::volume::VolumeSpec;
-use insula_types::{Bytes, VolumeId};
 use serde::{Deserialize, Serialize};
 
+use account::{Account, Books, Open};
+
+pub use account::{Full, TenantStorage};
 pub use copy::{can_shut_in, clear, hand_over, has_openat2};
+pub use pack::{Packer, unpack};
+pub use stores::{Page, Store, StoreFault, Write};
 
 /// What files are counted in.
 pub const BLOCK_BYTES: u64 = 4 << 10;
@@ -72,20 +78,6 @@ impl AddAssign for Usage {
     }
 }
 
-/// Whose quota does not allow it.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
-pub enum Full {
-    /// The volume's, in bytes.
-    #[error("the volume is full")]
-    Bytes,
-    /// The volume's, in inodes.
-    #[error("the volume has no inode left")]
-    Inodes,
-    /// The tenant's, over all its volumes.
-    #[error("the tenant's storage is full")]
-    Tenant,
-}
-
 /// Why a change was not made.
 #[derive(Debug, thiserror::Error)]
 pub enum ChangeError {
@@ -97,107 +89,34 @@ pub enum ChangeError {
     Io(#[from] io::Error),
 }
 
-/// The storage of one tenant: all its volumes together.
-#[derive(Debug)]
-pub struct TenantStorage {
-    used: AtomicU64,
-    limit: AtomicU64,
-}
-
-impl Default for TenantStorage {
-    fn default() -> Self {
-        Self {
-            used: AtomicU64::new(0),
-            limit: AtomicU64::new(u64::MAX),
-        }
-    }
-}
-
-impl TenantStorage {
-    /// Sets the limit; what is used beyond it stays.
-    pub fn set_limit(&self, limit: Option<Bytes>) {
-        let limit = limit.map_or(u64::MAX, Bytes::get);
-        self.limit.store(limit, Ordering::Relaxed);
-    }
-
-    /// Bytes of all its volumes that were counted.
-    #[must_use]
-    pub fn used_bytes(&self) -> u64 {
-        self.used.load(Ordering::Relaxed)
-    }
-
-    fn take(&self, bytes: u64) -> Result<(), Full> {
-        let limit = self.limit.load(Ordering::Relaxed);
-        let next = |used: u64| used.checked_add(bytes).filter(|sum| *sum <= limit);
-        let taken = self
-            .used
-            .fetch_update(Ordering::Relaxed, Ordering::Relaxed, next);
-        taken.map(drop).map_err(|_| Full::Tenant)
-    }
-
-    /// What is there already, whatever the limit.
-    fn has(&self, bytes: u64) {
-        self.used.fetch_add(bytes, Ordering::Relaxed);
-    }
-
-    fn give(&self, bytes: u64) {
-        let next = |used: u64| Some(used.saturating_sub(bytes));
-        let _ = self
-            .used
-            .fetch_update(Ordering::Relaxed, Ordering::Relaxed, next);
-    }
-}
-
-/// A file that is open somewhere.
-#[derive(Debug)]
-struct Open {
-    handles: u32,
-    /// Its blocks.
-    bytes: u64,
-    /// It has no name any more.
-    orphan: bool,
-}
-
-#[derive(Debug, Default)]
-struct Books {
-    quota: VolumeSpec,
-    used: Usage,
-    counted: bool,
-    open: HashMap<u64, Open>,
-}
-
 /// One volume.
 #[derive(Debug)]
 pub struct Volume {
     /// Its id.
     pub id: VolumeId,
     root: File,
-    tenant: Arc<TenantStorage>,
+    account: Arc<Account>,
     /// Held for one change at a time; whether it was counted.
     changes: Mutex<bool>,
-    books: Mutex<Books>,
+    /// Of one that holds keys and values.
+    store: stores::State,
 }
 
 impl Volume {
     /// A volume whose content is below `root`. It is counted before its first change.
     #[must_use]
     pub fn new(id: VolumeId, root: File, tenant: Arc<TenantStorage>, quota: VolumeSpec) -> Self {
-        let books = Books {
-            quota,
-            ..Books::default()
-        };
         Self {
             id,
             root,
-            tenant,
+            account: Arc::new(Account::new(tenant, quota)),
             changes: Mutex::new(false),
-            books: Mutex::new(books),
+            store: stores::State::default(),
         }
     }
 
     fn books(&self) -> MutexGuard<'_, Books> {
-        // Consistent between any two statements under the lock.
-        self.books.lock().unwrap_or_else(PoisonError::into_inner)
+        self.account.books()
     }
 
     /// Sets the quota; what is used beyond it stays.
@@ -234,7 +153,7 @@ impl Volume {
         let mut counted = self.changes.lock().unwrap_or_else(PoisonError::into_inner);
         if !*counted {
             let used = copy::usage(&self.root)?;
-            self.tenant.has(used.bytes);
+            self.account.tenant.has(used.bytes);
             let mut books = self.books();
             (books.used, books.counted) = (used, true);
             *counted = true;
@@ -258,10 +177,10 @@ impl Volume {
         if used.inodes > quota.inodes {
             return Err(Full::Inodes.into());
         }
-        self.tenant.take(used.bytes)?;
+        self.account.tenant.take(used.bytes)?;
         let copied = copy::copy(&self.root, to);
         // The copy is counted when it becomes a volume.
-        self.tenant.give(used.bytes);
+        self.account.tenant.give(used.bytes);
         drop(change);
         Ok(copied?)
     }
@@ -278,14 +197,8 @@ impl Volume {
         let open = entry.remove();
         if open.orphan {
             let gone = Usage::inode(open.bytes);
-            self.give(&mut books, gone);
+            self.account.give(&mut books, gone);
         }
-    }
-
-    fn give(&self, books: &mut Books, gone: Usage) {
-        books.used.bytes = books.used.bytes.saturating_sub(gone.bytes);
-        books.used.inodes = books.used.inodes.saturating_sub(gone.inodes);
-        self.tenant.give(gone.bytes);
     }
 }
 
@@ -297,7 +210,7 @@ impl Drop for Volume {
             .unwrap_or_else(PoisonError::into_inner);
         if counted {
             let used = self.books().used.bytes;
-            self.tenant.give(used);
+            self.account.tenant.give(used);
         }
     }
 }
@@ -339,25 +252,13 @@ impl Change<'_> {
     /// # Errors
     /// [`Full`]; nothing is taken then.
     pub fn take(&self, wanted: Usage) -> Result<(), Full> {
-        let mut books = self.volume.books();
-        let mut after = books.used;
-        after += wanted;
-        // What shrinks or stays is never refused, however small the quota has become.
-        if wanted.bytes > 0 && after.bytes > books.quota.size.get() {
-            return Err(Full::Bytes);
-        }
-        if wanted.inodes > 0 && after.inodes > books.quota.inodes {
-            return Err(Full::Inodes);
-        }
-        self.volume.tenant.take(wanted.bytes)?;
-        books.used = after;
-        Ok(())
+        self.volume.account.take(wanted, 0)
     }
 
     /// Gives back what [`Change::take`] took.
     pub fn give(&self, gone: Usage) {
         let mut books = self.volume.books();
-        self.volume.give(&mut books, gone);
+        self.volume.account.give(&mut books, gone);
     }
 
     /// A file was opened.
@@ -388,7 +289,7 @@ impl Change<'_> {
             return;
         }
         let gone = Usage::inode(blocks(size));
-        self.volume.give(&mut books, gone);
+        self.volume.account.give(&mut books, gone);
     }
 
     /// Does something to an open file after which it has `wanted` bytes, if it succeeds. The room is
@@ -421,7 +322,7 @@ impl Change<'_> {
             bytes: unused,
             inodes: 0,
         };
-        self.volume.give(&mut books, gone);
+        self.volume.account.give(&mut books, gone);
         if let Some(open) = books.open.get_mut(&handle.key) {
             open.bytes = after;
         }
@@ -435,7 +336,7 @@ impl Change<'_> {
             bytes: blocks(size_before),
             inodes: 0,
         };
-        self.volume.give(&mut books, gone);
+        self.volume.account.give(&mut books, gone);
         if let Some(open) = books.open.get_mut(&key) {
             open.bytes = 0;
         }

@@ -1,10 +1,12 @@
 //! The books against the file system.
 
+use std::collections::HashMap;
 use std::fs::{self, File, OpenOptions};
 use std::os::unix::fs::FileExt;
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 
+use insula_types::Bytes;
 use insula_types::volume::VolumeSpec;
 use proptest::prelude::*;
 use tempfile::TempDir;
@@ -15,7 +17,11 @@ const KIB: u64 = 1 << 10;
 
 fn quota(size: u64, inodes: u64) -> VolumeSpec {
     let size = Bytes::new(size).unwrap();
-    VolumeSpec { size, inodes }
+    VolumeSpec {
+        size,
+        inodes,
+        ..VolumeSpec::default()
+    }
 }
 
 fn volume_of(dir: &Path, tenant: &Arc<TenantStorage>, quota: VolumeSpec) -> Arc<Volume> {

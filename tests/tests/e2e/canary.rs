@@ -2,17 +2,20 @@
 //! its table, its globals and on its stack, the other does not find.
 //!
 //! A guest of a request looks first, then leaves 16-byte marks everywhere. What it must find is
-//! not merely no mark but nothing at all: zeros and nulls. Guests have no files of their own yet
-//! but by volumes, which are a tenant's.
+//! not merely no mark but nothing at all: zeros and nulls. Of files and of keys, each must find its own
+//! and no other's.
 //!
-//! `INSULA_TEST_CANARIES` asks for other than 10,000 turns.
+//! `INSULA_TEST_CANARIES` asks for other than 10,000 turns, or 500 of those that write to a disk.
 
 use insula_tests::{Connection, Service, TestHost};
+use serde_json::json;
 
 use crate::handmade;
 use crate::kills::number_from;
 
 const TURNS: u64 = 10_000;
+/// Each waits for the disk twice.
+const KEEPING_TURNS: u64 = 500;
 /// More than the engine keeps resident of a memory and clears by itself (2 MiB): the rest goes
 /// back to the kernel, which is another path.
 const PAGES: u32 = 36;
@@ -125,6 +128,37 @@ fn what_one_tenant_leaves_the_other_does_not_find() {
                 "turn {turn}: {:?}",
                 place.map(|(name, _)| name)
             );
+        }
+    }
+    eprintln!("{turns} turns, nothing seen");
+}
+
+#[test]
+fn what_one_tenant_keeps_the_other_does_not_find() {
+    let host = one_instance();
+    let services = ["left", "right"].map(|tenant| {
+        let owner = host.tenant(tenant).create();
+        let path = |name: &str| format!("/v1/tenants/{tenant}/volumes/{name}");
+        let size = "4MiB";
+        host.admin().put(&path("data"), &json!({"size": size}));
+        let store = json!({"size": size, "kind": "store"});
+        host.admin().put(&path("keys"), &store);
+        // One that is there, and that its service may not open.
+        host.admin().put(&path("other"), &store);
+        let service = owner.service("canary").spec(json!({
+            "volumes": [{"name": "data", "path": "/data"}],
+            "stores": [{"name": "keys"}],
+            "env": {"MARK": format!("mark-of-{tenant}")},
+        }));
+        service.deploy("canary")
+    });
+    let mut connections = [services[0].connect(), services[1].connect()];
+    let turns = number_from("INSULA_TEST_CANARIES").unwrap_or(KEEPING_TURNS);
+    for turn in 0..turns {
+        for (service, connection) in services.iter().zip(&mut connections) {
+            let answer = connection.exchange(&service.get(&format!("/?turn={turn}")));
+            let answer = answer.expect("an answer");
+            assert_eq!(answer.status, CLEAN, "turn {turn}: {}", answer.text());
         }
     }
     eprintln!("{turns} turns, nothing seen");

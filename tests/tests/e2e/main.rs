@@ -2,6 +2,7 @@
 //! feature; every test is a sentence that holds.
 
 mod admin;
+mod backups;
 mod bad_bytes;
 mod bombs;
 mod canary;
@@ -30,6 +31,7 @@ mod roles;
 mod samples;
 mod schema;
 mod specification;
+mod stores;
 mod streaming;
 mod tampered;
 mod tls;

@@ -2,8 +2,11 @@
 
 use insula_tests::TestHost;
 
-/// The samples that have a test here, in `main_job`, `outbound` or `volumes`, by their folders.
-pub(crate) const TESTED: [&str; 8] = [
+/// The samples that have a test here, in `canary`, `main_job`, `outbound`, `stores` or `volumes`, by
+/// their folders.
+pub(crate) const TESTED: [&str; 10] = [
+    "canary",
+    "counter",
     "echo",
     "fetch",
     "files",

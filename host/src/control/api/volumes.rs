@@ -56,7 +56,7 @@ pub(crate) async fn remove(control: &Control, directories: Vec<VolumeDirectory>)
     }
 }
 
-fn new_directory() -> Result<VolumeDirectory, Problem> {
+pub(crate) fn new_directory() -> Result<VolumeDirectory, Problem> {
     VolumeDirectory::random().map_err(|error| Problem::internal(&error))
 }
 
@@ -227,6 +227,52 @@ fn name_of(document: &serde_json::Map<String, Value>) -> Result<VolumeName, Prob
         .map_err(|error: insula_types::name::NameError| invalid(format!("name: {error}")))
 }
 
+/// Why a volume was not copied.
+pub(crate) enum CopyFailed {
+    /// Data did not.
+    Told(LinkError),
+    /// There is no directory for it.
+    Files(Problem),
+}
+
+impl From<Problem> for CopyFailed {
+    fn from(problem: Problem) -> Self {
+        Self::Files(problem)
+    }
+}
+
+/// Copies what a volume holds at this moment into a new directory, which is gone again if that fails.
+pub(crate) async fn copy_into(
+    control: &Control,
+    source: &Volume,
+    directory: &VolumeDirectory,
+) -> Result<(), CopyFailed> {
+    let made = directory.clone();
+    let owner = walls::owner_of_files(&control.walls.borrow());
+    let opened = control
+        .files
+        .run(move |files| hand_over(files.make_volume(&made)?, owner));
+    let opened = opened
+        .await
+        .map_err(Problem::from)?
+        .map_err(Problem::from)?;
+    let asked = ToData::CopyVolume {
+        from: source.id,
+        to: opened,
+        spec: source.spec,
+    };
+    let copied = async {
+        // Sent once: what a data process that died has left is no empty directory.
+        control.link.settled().await?;
+        control.link.apply_within(asked, COPY_TIMEOUT).await
+    };
+    if let Err(error) = copied.await {
+        remove(control, vec![directory.clone()]).await;
+        return Err(CopyFailed::Told(error));
+    }
+    Ok(())
+}
+
 /// Makes a volume of what another one holds at this moment. Its guests wait meanwhile; other changes
 /// of the host do not.
 async fn copy(
@@ -248,29 +294,15 @@ async fn copy(
     let tenant = call.tenant()?;
     let source = find(&control, tenant.clone(), call.volume()?).await?;
     let directory = new_directory()?;
-    let made = directory.clone();
-    let owner = walls::owner_of_files(&control.walls.borrow());
-    let opened = control
-        .files
-        .run(move |files| hand_over(files.make_volume(&made)?, owner))
-        .await??;
-    let asked = ToData::CopyVolume {
-        from: source.id,
-        to: opened,
-        spec: source.spec,
-    };
-    let copied = async {
-        // Sent once: what a data process that died has left is no empty directory.
-        control.link.settled().await?;
-        control.link.apply_within(asked, COPY_TIMEOUT).await
-    };
-    if let Err(error) = copied.await {
-        remove(&control, vec![directory]).await;
-        return Err(match error {
-            LinkError::Refused(Refusal::Storage(why)) => Problem::new(Code::StorageFull, why),
-            other => other.into(),
-        });
-    }
+    copy_into(&control, &source, &directory)
+        .await
+        .map_err(|error| match error {
+            CopyFailed::Told(LinkError::Refused(Refusal::Storage(why))) => {
+                Problem::new(Code::StorageFull, why)
+            }
+            CopyFailed::Told(error) => error.into(),
+            CopyFailed::Files(problem) => problem,
+        })?;
     let _mutation = control.mutation.lock().await;
     let new = NewVolume {
         spec: source.spec,

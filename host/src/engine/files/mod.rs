@@ -35,13 +35,22 @@ const STREAMS_MAX: usize = 64;
 /// Listings of directories that one guest has at once: each is in memory whole.
 const LISTINGS_MAX: usize = 1;
 
+/// Where a guest finds a volume.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Place {
+    /// A directory.
+    Path(String),
+    /// A bucket of keys and values.
+    Store(String),
+}
+
 /// A volume where a guest sees it.
 #[derive(Debug, Clone)]
 pub struct Mounted {
     /// The volume.
     pub volume: Arc<Volume>,
-    /// The path.
-    pub path: String,
+    /// Where.
+    pub place: Place,
     /// Whether it may be changed.
     pub writable: bool,
 }

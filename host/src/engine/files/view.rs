@@ -15,7 +15,7 @@ use wasmtime_wasi::p2::{DynInputStream, DynOutputStream, FsError, FsResult, Read
 use wasmtime_wasi::{FsPerms, OpenMode};
 
 use super::streams::{Reader, Target, Writer};
-use super::{FilesView, Held, LISTINGS_MAX, Local, STREAMS_MAX, away, now, refused};
+use super::{FilesView, Held, LISTINGS_MAX, Local, Place, STREAMS_MAX, away, now, refused};
 use crate::engine::outgoing::Patron;
 use crate::storage::{BLOCK_BYTES, Change, FileKey, Handle, Usage, Volume};
 
@@ -235,6 +235,9 @@ impl preopens::Host for FilesView<'_> {
     fn get_directories(&mut self) -> wasmtime::Result<Vec<(Fd, String)>> {
         let mut directories = Vec::with_capacity(self.files.mounts.len());
         for mount in self.files.mounts.iter() {
+            let Place::Path(path) = &mount.place else {
+                continue;
+            };
             let (perms, mode) = if mount.writable {
                 (FsPerms::ReadWrite, OpenMode::READ | OpenMode::WRITE)
             } else {
@@ -247,7 +250,7 @@ impl preopens::Host for FilesView<'_> {
                 file: None,
             };
             self.files.held.insert(fd.rep(), held);
-            directories.push((fd, mount.path.clone()));
+            directories.push((fd, path.clone()));
         }
         Ok(directories)
     }

@@ -3,6 +3,7 @@
 use std::time::{Duration, SystemTime};
 
 use insula_types::spec::{ServiceSpec, TenantSpec};
+use insula_types::volume::VolumeKind;
 use insula_types::{
     Bytes, Digest, Outcome, ServiceId, TenantId, Traffic, VersionNumber, VolumeId, VolumeSpec,
 };
@@ -158,7 +159,12 @@ fn to_data() -> impl Strategy<Value = ToData> {
 
 fn quota(size: u64, inodes: u64) -> VolumeSpec {
     let size = Bytes::new(size).unwrap();
-    VolumeSpec { size, inodes }
+    let kind = if inodes.is_multiple_of(2) {
+        VolumeKind::Files
+    } else {
+        VolumeKind::Store
+    };
+    VolumeSpec { size, inodes, kind }
 }
 
 fn found() -> impl Strategy<Value = Result<Found, String>> {

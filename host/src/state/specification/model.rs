@@ -136,11 +136,15 @@ impl Model {
     }
 
     fn check_mounts(&self, tenant: TenantId, spec: &ServiceSpec) -> Result<(), StoreError> {
-        for mount in &spec.volumes {
-            let volume = self.volumes.get(&(tenant, mount.name.clone()));
-            let unknown = || StoreError::UnknownVolume(mount.name.to_string());
-            if volume.ok_or_else(unknown)?.read_only && mount.mode == MountMode::Rw {
-                return Err(StoreError::VolumeReadOnly(mount.name.to_string()));
+        for (name, kind, mode) in spec.used_volumes() {
+            let volume = self.volumes.get(&(tenant, name.clone()));
+            let volume = volume.ok_or_else(|| StoreError::UnknownVolume(name.to_string()))?;
+            if volume.spec.kind != kind {
+                let (name, is) = (name.to_string(), volume.spec.kind);
+                return Err(StoreError::WrongKind { name, is });
+            }
+            if volume.read_only && mode == MountMode::Rw {
+                return Err(StoreError::VolumeReadOnly(name.to_string()));
             }
         }
         Ok(())
@@ -448,6 +452,9 @@ impl Store for Model {
             if volume.spec == new.spec {
                 return Ok(Put::Unchanged(volume.clone()));
             }
+            if volume.spec.kind != new.spec.kind {
+                return Err(StoreError::KindStays);
+            }
             volume.spec = new.spec;
             volume.generation += 1;
             return Ok(Put::Changed(volume.clone()));
@@ -487,7 +494,7 @@ impl Store for Model {
         let volume = self.volume(tenant, name)?;
         precondition.check(Some(volume.generation))?;
         let users = self.services.values().filter(|row| {
-            row.tenant == volume.tenant && row.spec.volumes.iter().any(|mount| mount.name == *name)
+            row.tenant == volume.tenant && row.spec.used_volumes().any(|(used, ..)| used == name)
         });
         if let Some(service) = users.map(|row| row.name.to_string()).min() {
             return Err(StoreError::VolumeInUse { service });

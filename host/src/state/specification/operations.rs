@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+use insula_types::volume::VolumeKind;
 use insula_types::{Digest, Outcome, ServiceId, TenantId, Traffic, VersionNumber, VolumeSpec};
 use proptest::prelude::*;
 use serde_json::json;
@@ -21,8 +22,10 @@ const TENANT_SPECS: [&str; 4] = [
     r#"{"cpu":{"reservation":"1500m","limit":"2"},"memory":{"limit":"64MiB"}}"#,
     r#"{"memory":{"limit":"1GiB"},"requests":{"in_flight":1}}"#,
 ];
-const VOLUMES: [&str; 2] = ["data", "snap"];
-const SERVICE_SPECS: [&str; 7] = [
+const VOLUMES: [&str; 3] = ["data", "snap", "keys"];
+/// Of the sizes that volumes have, the largest is of a store's.
+const STORE_MIB: u64 = 3;
+const SERVICE_SPECS: [&str; 9] = [
     "{}",
     r#"{"usage_header":true,"env":{"K":"V"}}"#,
     r#"{"routes":["x.example/*"]}"#,
@@ -30,6 +33,8 @@ const SERVICE_SPECS: [&str; 7] = [
     r#"{"routes":["y.example/*"],"auto_rollback":{"enabled":false}}"#,
     r#"{"volumes":[{"name":"data","path":"/data"}]}"#,
     r#"{"volumes":[{"name":"snap","path":"/s","mode":"ro"},{"name":"data","path":"/d"}]}"#,
+    r#"{"stores":[{"name":"keys"}]}"#,
+    r#"{"volumes":[{"name":"data","path":"/d"}],"stores":[{"name":"keys","mode":"ro"}]}"#,
 ];
 
 /// A change. Numbers beyond what there is stand for what is not there.
@@ -271,6 +276,11 @@ impl Change {
                 let new = NewVolume {
                     spec: VolumeSpec {
                         size: insula_types::Bytes::mib(*mib),
+                        kind: if *mib == STORE_MIB {
+                            VolumeKind::Store
+                        } else {
+                            VolumeKind::Files
+                        },
                         ..VolumeSpec::default()
                     },
                     directory: format!("{serial:032x}").parse().unwrap(),

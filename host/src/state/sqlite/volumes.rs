@@ -72,6 +72,9 @@ pub(super) fn put(
         if volume.spec == new.spec {
             return Ok(Put::Unchanged(volume));
         }
+        if volume.spec.kind != new.spec.kind {
+            return Err(StoreError::KindStays);
+        }
         write.execute(
             "UPDATE volumes SET spec = ?2, generation = generation + 1 WHERE id = ?1",
             params![int(volume.id.get()), to_json(&new.spec)?],
@@ -142,11 +145,15 @@ pub(super) fn set_mounts(
 ) -> Result<(), StoreError> {
     let id = int(service.get());
     write.execute("DELETE FROM mounts WHERE service = ?1", [id])?;
-    for mount in &spec.volumes {
-        let unknown = || StoreError::UnknownVolume(mount.name.to_string());
-        let volume = find(write, tenant, &mount.name)?.ok_or_else(unknown)?;
-        if volume.read_only && mount.mode == MountMode::Rw {
-            return Err(StoreError::VolumeReadOnly(mount.name.to_string()));
+    for (name, kind, mode) in spec.used_volumes() {
+        let unknown = || StoreError::UnknownVolume(name.to_string());
+        let volume = find(write, tenant, name)?.ok_or_else(unknown)?;
+        if volume.spec.kind != kind {
+            let (name, is) = (name.to_string(), volume.spec.kind);
+            return Err(StoreError::WrongKind { name, is });
+        }
+        if volume.read_only && mode == MountMode::Rw {
+            return Err(StoreError::VolumeReadOnly(name.to_string()));
         }
         write.execute(
             "INSERT INTO mounts (service, volume) VALUES (?1, ?2)",
