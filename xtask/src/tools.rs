@@ -1,6 +1,7 @@
 //! Programs of others that tests use: Prometheus and its `promtool`, componentize-py, an OpenAPI
 //! validator, Schemathesis. Fetched into `target/tools` when they are not there; nothing is installed
-//! system-wide but what Python lacks to make a virtual environment, and that only as root.
+//! system-wide but what Python lacks to make a virtual environment and what sets up machines' networks,
+//! and that only as root.
 //! What cannot be had is a reason that the tests which need it print as they skip.
 
 use std::ffi::OsStr;
@@ -57,6 +58,7 @@ impl Tools {
 
 /// Finds the programs, and fetches those that are not there. Running it again changes nothing.
 pub(crate) fn ensure(repository: &Repository) -> Tools {
+    ensure_network_programs();
     let dir = repository.target.join("tools");
     let unpacked = dir.join("prometheus");
     let fetched = match (in_path("promtool"), in_path("prometheus")) {
@@ -75,6 +77,18 @@ pub(crate) fn ensure(repository: &Repository) -> Tools {
         promtool: program("promtool"),
         prometheus: program("prometheus"),
         venv: fetch_venv(&dir.join("venv")),
+    }
+}
+
+/// What machines' networks need of the system. Where it cannot be had, their tests say so and skip.
+fn ensure_network_programs() {
+    for (program, package) in [("nft", "nftables"), ("ip", "iproute2")] {
+        if in_path(program).is_some() || !is_root() || in_path("apt-get").is_none() {
+            continue;
+        }
+        if let Err(why) = install(package) {
+            say(&format!("   {program} could not be installed: {why}"));
+        }
     }
 }
 

@@ -49,7 +49,9 @@ fn service_spec() -> impl Strategy<Value = ServiceSpec> {
             1 => r#"{"limits":{"memory":"128MiB","fuel":"1T","timeout":"5m"}}"#.to_owned(),
             3 => r#"{"volumes":[{"name":"d","path":"/d","mode":"ro"},{"name":"e","path":"/e"}]}"#
                 .to_owned(),
-            4 => r#"{"outbound":["https://api.example.com","http://*.example.org:8081"]}"#.to_owned(),
+            4 => {
+                r#"{"outbound":["https://api.example.com","http://*.example.org:8081"]}"#.to_owned()
+            }
             2 => r#"{"routes":["api.example.com/v2/*","example.com/"]}"#.to_owned(),
             _ => r#"{"sticky_header":"X-User-Id"}"#.to_owned(),
         };
