@@ -198,10 +198,11 @@ fn what_was_acknowledged_when_the_host_was_killed_is_there() {
     for round in 0..5 {
         let kill_at = acknowledged + 7 + round * 5;
         let last = AtomicU64::new(acknowledged);
+        let increment = one.request("POST", "/n?do=increment");
         std::thread::scope(|scope| {
             scope.spawn(|| {
                 loop {
-                    match one.request("POST", "/n?do=increment").try_send() {
+                    match increment.clone().try_send() {
                         Ok(answer) if answer.status == 200 => {
                             let sum = answer.text().trim().parse().expect("a number");
                             last.store(sum, Ordering::Relaxed);
