@@ -169,15 +169,15 @@ pub struct StoreGrant {
     pub mode: MountMode,
 }
 
+fn check_count(errors: &mut SpecErrors, field: &'static str, given: usize) {
+    if given > MOUNTS_MAX {
+        errors.push(field, format_args!("at most {MOUNTS_MAX}, {given} given"));
+    }
+}
+
 /// Notes what is wrong with the stores of one service.
 pub(crate) fn check_stores(errors: &mut SpecErrors, stores: &[StoreGrant]) {
-    if stores.len() > MOUNTS_MAX {
-        let given = stores.len();
-        errors.push(
-            "stores",
-            format_args!("at most {MOUNTS_MAX}, {given} given"),
-        );
-    }
+    check_count(errors, "stores", stores.len());
     for (index, store) in stores.iter().enumerate() {
         if stores[..index].iter().any(|other| other.name == store.name) {
             errors.push("stores", format_args!("{} twice", store.name));
@@ -187,13 +187,7 @@ pub(crate) fn check_stores(errors: &mut SpecErrors, stores: &[StoreGrant]) {
 
 /// Notes what is wrong with the mounts of one service.
 pub(crate) fn check(errors: &mut SpecErrors, mounts: &[Mount]) {
-    if mounts.len() > MOUNTS_MAX {
-        let given = mounts.len();
-        errors.push(
-            "volumes",
-            format_args!("at most {MOUNTS_MAX}, {given} given"),
-        );
-    }
+    check_count(errors, "volumes", mounts.len());
     for (index, mount) in mounts.iter().enumerate() {
         let before = &mounts[..index];
         if before.iter().any(|other| other.path == mount.path) {

@@ -202,10 +202,8 @@ impl Ingress {
             // Both are cancel-safe: a connection is either taken or still where it was.
             let accepted = tokio::select! {
                 accepted = listener.accept() => accepted,
-                Some(Handed { stream, client, place }) = inbox.recv() => {
-                    if let Ok(stream) = TcpStream::from_std(stream) {
-                        self.seat(stream, place, Origin::tcp(client, worker), &phase);
-                    }
+                Some(handed) = inbox.recv() => {
+                    self.seat_handed(handed, worker, &phase);
                     continue;
                 }
                 _ = phase.changed() => break,
@@ -226,15 +224,8 @@ impl Ingress {
         }
         drop(listener);
         // What others accepted before they heard of it. Ends with the worker.
-        while let Some(Handed {
-            stream,
-            client,
-            place,
-        }) = inbox.recv().await
-        {
-            if let Ok(stream) = TcpStream::from_std(stream) {
-                self.seat(stream, place, Origin::tcp(client, worker), &phase);
-            }
+        while let Some(handed) = inbox.recv().await {
+            self.seat_handed(handed, worker, &phase);
         }
     }
 
@@ -284,6 +275,23 @@ impl Ingress {
                 u16::try_from(index).map_or(accepting, WorkerId::new)
             }
             _ => accepting,
+        }
+    }
+
+    /// Serves a connection that another worker accepted.
+    fn seat_handed(
+        self: &Arc<Self>,
+        handed: Handed,
+        worker: WorkerId,
+        phase: &watch::Receiver<Phase>,
+    ) {
+        let Handed {
+            stream,
+            client,
+            place,
+        } = handed;
+        if let Ok(stream) = TcpStream::from_std(stream) {
+            self.seat(stream, place, Origin::tcp(client, worker), phase);
         }
     }
 

@@ -156,13 +156,6 @@ impl Pool {
         now
     }
 
-    /// As [`Self::settle_host_time`], where the thread has not slept. Says how much it was.
-    pub(super) fn charge_host(&self, worker: &mut WorkerState) -> u64 {
-        let (_, ns) = worker.watch.lap();
-        self.add_host_ns(worker.id, ns);
-        ns
-    }
-
     pub(super) fn add_host_ns(&self, worker: WorkerId, ns: u64) {
         let host = &self.workers[worker.index()].host_ns;
         host.fetch_add(ns, Ordering::Relaxed);

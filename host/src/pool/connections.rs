@@ -166,14 +166,11 @@ impl Pool {
     /// A connection's task was polled: charges what the calling worker did since it began.
     pub(crate) fn end_billed(&self, payer: Option<&Payer>) {
         with_worker(|worker| {
-            let ns = match payer {
-                Some(payer) => {
-                    let ns = worker.watch.lap().1;
-                    payer.charge(ns);
-                    ns
-                }
-                None => self.charge_host(worker),
-            };
+            let ns = worker.watch.lap().1;
+            match payer {
+                Some(payer) => payer.charge(ns),
+                None => self.add_host_ns(worker.id, ns),
+            }
             worker.connections.used(payer.map(Payer::tenant), ns);
         });
     }

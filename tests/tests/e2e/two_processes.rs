@@ -192,22 +192,25 @@ fn status(pid: u32, field: &str) -> String {
         .to_owned()
 }
 
+/// Whether the host says that a wall around its data process stands.
+fn wall_holds(host: &TestHost, name: &str) -> bool {
+    let document = host.admin().get("/v1/host");
+    let walls = document["data_plane"]["walls"].as_array().expect("a list");
+    let wall = walls.iter().find(|wall| wall["name"] == name);
+    let wall = wall.unwrap_or_else(|| panic!("no wall {name}: {walls:?}"));
+    wall["missing"].is_null()
+}
+
 #[test]
 fn the_data_process_is_shut_in_as_far_as_the_host_says() {
     let host = TestHost::start();
     let service = host.tenant("a").create().deploy("hello");
     assert_eq!(service.get("/").send().status, 200);
     let data = host.data_pid();
-    let walls = host.admin().get("/v1/host")["data_plane"]["walls"].clone();
-    let holds = |name: &str| {
-        let walls = walls.as_array().expect("a list").iter();
-        let mut wall = walls.filter(|wall| wall["name"] == name);
-        let wall = wall.next().unwrap_or_else(|| panic!("no wall {name}"));
-        wall["missing"].is_null()
-    };
+    let holds = |name: &str| wall_holds(&host, name);
     // These need no privilege, and no kernel that we run on lacks them.
     for name in ["closed descriptors", "system calls", "no new privileges"] {
-        assert!(holds(name), "{name}: {walls}");
+        assert!(holds(name), "{name}");
     }
     assert_eq!(status(data, "Seccomp"), "2");
     assert_eq!(status(data, "NoNewPrivs"), "1");
@@ -271,17 +274,11 @@ fn the_data_process_finds_nothing_above_a_volume() {
     let volume = volumes.flatten().next().expect("a volume").path();
     let inode = |path: PathBuf| std::fs::metadata(path).map(|found| found.ino()).ok();
     let is = inode(volume.clone()).expect("it is there");
-    let walls = host.admin().get("/v1/host")["data_plane"]["walls"].clone();
-    let missing = |name: &str| {
-        let walls = walls.as_array().expect("a list").iter();
-        let mut wall = walls.filter(|wall| wall["name"] == name);
-        wall.next().expect("a wall")["missing"].clone()
-    };
     let owner = std::fs::metadata(volume.join("a")).expect("written").uid();
     let user = status(host.data_pid(), "Uid");
     let user = user.split_whitespace().next().expect("proc(5)");
     assert_eq!(owner.to_string(), user, "the file is of the data process");
-    if !missing("nothing above volumes").is_null() {
+    if !wall_holds(&host, "nothing above volumes") {
         eprintln!("skipped: no mounts can be made here");
         return;
     }
