@@ -13,6 +13,8 @@ pub enum RebootBy {
     Acpi,
     /// The keyboard controller's reset line.
     Keyboard,
+    /// It did not, but its watchdog ran out.
+    Watchdog,
 }
 
 /// Why a machine ended.
@@ -21,8 +23,11 @@ pub enum ExitReason {
     /// ACPI sleep state S5.
     #[error("the guest powered itself off")]
     Poweroff,
-    /// It wants to start anew.
-    #[error("the guest asked for a reboot")]
+    /// It wants to start anew, or its watchdog finds that it should.
+    #[error("{}", match .0 {
+        RebootBy::Watchdog => "the guest's watchdog ran out: it did not say in time that it was well",
+        RebootBy::Acpi | RebootBy::Keyboard => "the guest asked for a reboot",
+    })]
     Reboot(RebootBy),
     /// Someone on the host.
     #[error("stopped by the host")]

@@ -60,6 +60,8 @@ pub const MEMORY_ABOVE_4G: GuestAddress = GuestAddress(0x1_0000_0000);
 pub const VIRTIO_MMIO: GuestAddress = DEVICE_HOLE;
 /// Registers of one virtio-mmio device (virtio 1.2, 4.2.2: 0x100 and the device's configuration).
 pub const VIRTIO_MMIO_BYTES: u64 = 0x1000;
+/// Registers of the guest's watchdog, beyond all virtio devices.
+pub const WATCHDOG: GuestAddress = GuestAddress(DEVICE_HOLE.0 + 0x10_0000);
 /// The in-kernel I/O APIC's fixed address (`IOAPIC_DEFAULT_BASE_ADDRESS` in KVM).
 pub const IO_APIC: u32 = 0xfec0_0000;
 /// The local APIC's address after reset (Intel SDM volume 3, 11.4.1).
@@ -127,6 +129,7 @@ mod tests {
             (RESET_VECTOR.0, 16),
             (HIGH_MEMORY.0, 1),
             (VIRTIO_MMIO.0, VIRTIO_DEVICES_MAX as u64 * VIRTIO_MMIO_BYTES),
+            (WATCHDOG.0, 0x1000),
             (u64::from(IO_APIC), 0x1000),
             (u64::from(LOCAL_APIC), 0x1000),
             (KVM_IDENTITY_MAP, 0x1000),

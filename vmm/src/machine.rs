@@ -10,8 +10,8 @@
 //! A new machine is paused: all its threads exist, filters and all, and no instruction has run.
 //!
 //! *Pause*, in this order: vCPUs are parked; devices are brought to rest; the guest's clock is
-//! read. *Resume* is the reverse: the clock goes on from where it was read, devices work, vCPUs
-//! run. *Stop* ends vCPU threads, then the console's, then the devices': nobody is left who could
+//! read; the guest's watchdog stands still. *Resume* is the reverse: the clock goes on from where it was read, devices work, vCPUs
+//! run. *Stop* ends vCPU threads, then the console's and the watchdog's, then the devices': nobody is left who could
 //! notify them.
 
 mod assembly;
@@ -32,6 +32,7 @@ use assembly::{Parts, check, processors, start_devices};
 use crate::acpi::{self, AcpiError};
 use crate::boot::{self, BootError};
 use crate::config::{Console, MachineConfig, VcpuCount};
+use crate::devices::watchdog::WatchdogSaved;
 use crate::devices::{ConsoleCounts, Devices, GenerationError, GenerationId};
 use crate::exit::{Ending, ExitReason};
 use crate::kvm::{Hypervisor, KvmError, VirtualMachine, failed};
@@ -105,6 +106,9 @@ pub enum BuildError {
     /// A descriptor or a thread for the console.
     #[error("starting the console: {0}")]
     Console(io::Error),
+    /// A thread for the watchdog.
+    #[error("starting the watchdog: {0}")]
+    Watchdog(io::Error),
 }
 
 /// Why a machine does not pause or resume.
@@ -172,6 +176,7 @@ pub struct Machine {
     phase: Phase,
     vcpus: Vec<Vcpu>,
     console: Option<JoinHandle<Option<()>>>,
+    watching: Option<JoinHandle<Option<()>>>,
     devices: Arc<Devices>,
     generation: GenerationId,
     ending: Arc<Ending>,
@@ -217,6 +222,7 @@ impl Machine {
             devices,
             generation,
             serial: None,
+            watchdog: WatchdogSaved::default(),
             clock: None,
         };
         parts.together(hypervisor, console, threads)
@@ -274,6 +280,7 @@ impl Machine {
             devices,
             generation,
             serial: Some(state.serial),
+            watchdog: state.watchdog,
             clock: Some(clock),
         };
         parts.together(hypervisor, console, threads)
@@ -294,6 +301,7 @@ impl Machine {
             vcpus: vcpus.collect::<Result<_, _>>()?,
             vm: VmState::save(self.vm.fd(), self.clock)?,
             serial: self.devices.serial().save(),
+            watchdog: self.devices.watchdog().save(),
             devices: devices.collect::<Result<_, _>>()?,
         })
     }
@@ -324,6 +332,7 @@ impl Machine {
         for device in self.devices.virtio() {
             device.release()?;
         }
+        self.devices.watchdog().go();
         for vcpu in &self.vcpus {
             vcpu.run()?;
         }
@@ -341,6 +350,7 @@ impl Machine {
         for parking in parking? {
             parking.wait()?;
         }
+        self.devices.watchdog().stand();
         for device in self.devices.virtio() {
             device.hold()?;
         }
@@ -372,6 +382,10 @@ impl Machine {
         self.ending.end(ExitReason::Stopped);
         self.vcpus.clear();
         self.devices.serial().stop();
+        self.devices.watchdog().stop();
+        if let Some(watching) = self.watching.take() {
+            let _ = watching.join();
+        }
         if let Some(console) = self.console.take() {
             let _ = console.join();
         }

@@ -18,6 +18,8 @@ pub enum ThreadKind {
     Device(DeviceKind),
     /// Moves console input into the serial port.
     Console,
+    /// Waits for the time at which the guest's watchdog runs out.
+    Watchdog,
 }
 
 impl fmt::Display for ThreadKind {
@@ -26,6 +28,7 @@ impl fmt::Display for ThreadKind {
             Self::Vcpu(number) => write!(f, "vcpu-{number}"),
             Self::Device(kind) => write!(f, "virtio-{}", kind.name()),
             Self::Console => f.write_str("console"),
+            Self::Watchdog => f.write_str("watchdog"),
         }
     }
 }

@@ -208,9 +208,11 @@ impl Book {
             Tell::Ended(ended) => {
                 entry.runner = None;
                 entry.meter.close();
+                let why = ended.record.as_ref().map(|record| record.detail.clone());
                 let events = events_of(entry.state(), ended);
                 match entry.observe(&events) {
                     Consequence::Changed if matches!(entry.state(), State::Starting { .. }) => {
+                        tracing::info!(machine = %id, why, "a guest starts anew");
                         Consequence::StartAgain
                     }
                     other => other,

@@ -30,8 +30,8 @@ const START_PATIENCE: Duration = Duration::from_secs(60);
 const FIRST_USER: u32 = 0x7000_0000;
 /// Numbers are used again after so many machines.
 const USERS: u64 = 0x0f00_0000;
-/// Beside one for each vCPU and device: the first one, the console's, and two to spare.
-const THREADS_BESIDE: u64 = 4;
+/// Beside one for each vCPU and device: the first one, the console's, the watchdog's, and two to spare.
+const THREADS_BESIDE: u64 = 5;
 const DEVICES_BESIDE_DISKS: u64 = 4;
 /// Descriptors for each thread: its events, its files, its line.
 const DESCRIPTORS_EACH: u64 = 8;

@@ -26,7 +26,10 @@ pub(crate) const ALL: [(&str, Case); 8] = [
         "an overlay takes the writes, its base stays as it was",
         overlay_boot,
     ),
-    ("the overlay is read back on one vCPU", overlay_again),
+    (
+        "the overlay is read back on one vCPU; the watchdog of a guest that is silent",
+        overlay_again,
+    ),
     (
         "network both ways, another's address, vsock both ways, balloon",
         devices,
@@ -164,8 +167,19 @@ fn overlay_again(hypervisor: &Hypervisor) -> String {
     assert_eq!(guest.run("nproc"), "1");
     let expected = std::fs::read_to_string(HASH).expect("the boot before");
     assert_eq!(guest.run("sha256sum /data /data2"), expected);
-    assert_eq!(guest.end_by("sync; poweroff -f"), ExitReason::Poweroff);
-    String::new()
+    guest.run("insmod /modules/watchdog.ko; insmod /modules/wdat_wdt.ko timeout=3");
+    let identity = guest.run("cat /sys/class/watchdog/watchdog0/identity");
+    assert_eq!(guest.run("cat /sys/class/watchdog/watchdog0/timeout"), "3");
+    // It says for longer than that that it is well, and takes leave of the watchdog by its letter.
+    guest.run("(for i in 1 2 3 4 5; do echo; sleep 1; done; printf V) > /dev/watchdog");
+    let state = "cat /sys/class/watchdog/watchdog0/state";
+    assert_eq!(guest.run(state), "inactive");
+    // Without that letter it stays on.
+    let start = Instant::now();
+    let reason = guest.end_by("sync; echo > /dev/watchdog");
+    assert_eq!(reason, ExitReason::Reboot(RebootBy::Watchdog));
+    let seconds = start.elapsed().as_secs_f64();
+    format!("{identity}, started anew after {seconds:.1} s of silence")
 }
 
 /// Without the decompressor, and so without its address-space randomisation as well.

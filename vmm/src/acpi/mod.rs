@@ -3,12 +3,14 @@
 //!
 //! ```text
 //! RSDP ─▶ XSDT ─┬▶ FADT ─▶ DSDT: \_S5, COM1, one LNRO0005 per virtio device, event device
-//!               └▶ MADT: local APICs, I/O APIC
+//!               ├▶ MADT: local APICs, I/O APIC
+//!               └▶ WDAT: the watchdog's registers
 //! ```
 //! The machine is *hardware-reduced* (ACPI 6.5, 4.1): no PM timer, no GPEs, no SCI; sleep and reset
 //! go through registers that the FADT names.
 
 mod dsdt;
+mod wdat;
 
 use acpi_tables::Aml;
 use acpi_tables::fadt::{FADTBuilder, Flags, PmProfile};
@@ -74,9 +76,11 @@ fn build(vcpus: VcpuCount, virtio_devices: usize) -> Vec<u8> {
     let dsdt = image.append(&dsdt::build(virtio_devices));
     let fadt = image.append(&bytes_of(&fadt(dsdt)));
     let madt = image.append(&bytes_of(&madt(vcpus)));
+    let wdat = image.append(&wdat::build());
     let mut xsdt = XSDT::new(OEM_ID, OEM_TABLE_ID, OEM_REVISION);
     xsdt.add_entry(fadt.0);
     xsdt.add_entry(madt.0);
+    xsdt.add_entry(wdat.0);
     let xsdt = image.append(&bytes_of(&xsdt));
     let rsdp = bytes_of(&Rsdp::new(OEM_ID, xsdt.0));
     for (to, from) in image.bytes.iter_mut().zip(rsdp) {
@@ -169,6 +173,7 @@ mod tests {
                 let xsdt = table(&image, le64(&image, 24), b"XSDT");
                 let fadt = table(&image, le64(xsdt, 36), b"FACP");
                 let madt = table(&image, le64(xsdt, 44), b"APIC");
+                table(&image, le64(xsdt, 52), b"WDAT");
                 let dsdt = table(&image, le64(fadt, 140), b"DSDT");
                 // ACPI 6.5, table 5.9: flags, reset register and value.
                 let flags = u32::from_le_bytes(fadt[112..116].try_into().expect("four"));

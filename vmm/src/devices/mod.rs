@@ -5,6 +5,7 @@
 mod generation;
 mod power;
 mod serial;
+pub(crate) mod watchdog;
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -19,6 +20,7 @@ pub(crate) use generation::GenerationId;
 use power::PowerRegisters;
 pub use serial::ConsoleCounts;
 pub(crate) use serial::{SerialPort, SerialSaved, feed};
+use watchdog::Watchdog;
 
 /// What a guest's access asks of the machine.
 pub(crate) type Request = Option<ExitReason>;
@@ -33,19 +35,29 @@ pub(crate) struct Devices {
     serial: Arc<SerialPort>,
     keyboard: Mutex<I8042Device<ResetLine>>,
     virtio: Vec<Mutex<MmioTransport>>,
+    watchdog: Arc<Watchdog>,
 }
 
 impl Devices {
-    pub(crate) fn new(serial: Arc<SerialPort>, virtio: Vec<MmioTransport>) -> Self {
+    pub(crate) fn new(
+        serial: Arc<SerialPort>,
+        virtio: Vec<MmioTransport>,
+        watchdog: Arc<Watchdog>,
+    ) -> Self {
         Self {
             serial,
             keyboard: Mutex::new(I8042Device::new(ResetLine::default())),
             virtio: virtio.into_iter().map(Mutex::new).collect(),
+            watchdog,
         }
     }
 
     pub(crate) fn serial(&self) -> &Arc<SerialPort> {
         &self.serial
+    }
+
+    pub(crate) fn watchdog(&self) -> &Arc<Watchdog> {
+        &self.watchdog
     }
 
     /// Each virtio device, locked for as long as it is looked at.
@@ -90,9 +102,12 @@ impl Devices {
 
     /// The guest reads from an address that is not memory.
     pub(crate) fn memory_read(&self, address: u64, data: &mut [u8]) {
-        match self.virtio_at(address) {
-            Some((device, offset)) => device.read(offset, data),
-            None => data.fill(0xff),
+        if let Some((device, offset)) = self.virtio_at(address) {
+            return device.read(offset, data);
+        }
+        data.fill(0xff);
+        if let Some(offset) = Watchdog::offset_of(address) {
+            self.watchdog.read(offset, data);
         }
     }
 
@@ -100,6 +115,8 @@ impl Devices {
     pub(crate) fn memory_write(&self, address: u64, data: &[u8]) {
         if let Some((mut device, offset)) = self.virtio_at(address) {
             device.write(offset, data);
+        } else if let Some(offset) = Watchdog::offset_of(address) {
+            self.watchdog.write(offset, data);
         }
     }
 

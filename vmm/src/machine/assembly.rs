@@ -8,6 +8,7 @@ use kvm_ioctls::VcpuFd;
 use super::{BuildError, Machine, Phase};
 use crate::boot::Entry;
 use crate::config::{Console, VcpuCount};
+use crate::devices::watchdog::{Watchdog, WatchdogSaved};
 use crate::devices::{Devices, GenerationId, SerialPort, SerialSaved, feed};
 use crate::exit::Ending;
 use crate::kvm::{Hypervisor, VirtualMachine, cpuid, failed, msrs};
@@ -24,6 +25,7 @@ pub(super) struct Parts {
     pub(super) devices: Vec<MmioTransport>,
     pub(super) generation: GenerationId,
     pub(super) serial: Option<SerialSaved>,
+    pub(super) watchdog: WatchdogSaved,
     pub(super) clock: Option<kvm_clock_data>,
 }
 
@@ -41,7 +43,8 @@ impl Parts {
         let line = vm.line(layout::COM1_GSI)?;
         let serial = SerialPort::new(line, output, self.serial.as_ref());
         let serial = Arc::new(serial.map_err(BuildError::Console)?);
-        let devices = Arc::new(Devices::new(serial, self.devices));
+        let watchdog = Arc::new(Watchdog::new(self.watchdog));
+        let devices = Arc::new(Devices::new(serial, self.devices, watchdog));
         let mut vcpus = Vec::with_capacity(self.processors.len());
         for (number, fd) in (0..).zip(self.processors) {
             let (devices, ending) = (Arc::clone(&devices), Arc::clone(&ending));
@@ -51,6 +54,7 @@ impl Parts {
             phase: Phase::Paused,
             vcpus,
             console: None,
+            watching: None,
             devices,
             generation: self.generation,
             ending,
@@ -59,6 +63,9 @@ impl Parts {
             clock: self.clock,
             vm,
         };
+        let watchdog = machine.devices.watchdog();
+        let watching = watchdog.watch(Arc::clone(&machine.ending), threads);
+        machine.watching = Some(watching.map_err(BuildError::Watchdog)?);
         if let Some(input) = input {
             let port = Arc::clone(machine.devices.serial());
             let console = threads.spawn(ThreadKind::Console, move || feed(&port, &input));

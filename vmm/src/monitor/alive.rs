@@ -139,7 +139,7 @@ fn behind(filters: &Filters) -> Threads {
     Threads::new(move |thread| {
         let kind = match thread {
             ThreadKind::Vcpu(_) => Kind::Vcpu,
-            ThreadKind::Device(_) | ThreadKind::Console => Kind::Device,
+            ThreadKind::Device(_) | ThreadKind::Console | ThreadKind::Watchdog => Kind::Device,
         };
         filters.install(kind).map_err(io::Error::other)
     })

@@ -26,6 +26,7 @@ use std::io;
 use serde::{Deserialize, Serialize};
 
 use crate::devices::SerialSaved;
+use crate::devices::watchdog::WatchdogSaved;
 use crate::virtio::TransportState;
 
 pub(crate) use memory::{map, write};
@@ -34,8 +35,9 @@ pub(crate) use vcpu::{MsrList, restore as restore_vcpu, save as save_vcpu};
 pub use vm::VmState;
 
 const MAGIC: [u8; 8] = *b"INSULASN";
-/// Of the state's form. A later version may read earlier ones; this is the first.
-const VERSION: u32 = 1;
+/// Of the state's form. The first had no watchdog; its guests have no table that names one.
+const VERSION: u32 = 2;
+const OLDEST: u32 = 1;
 const HEAD_BYTES: usize = 12;
 /// Far beyond 32 vCPUs with 18 devices.
 pub const STATE_MAX_BYTES: usize = 16 << 20;
@@ -52,6 +54,9 @@ pub struct MachineState {
     pub vm: VmState,
     /// The console's port.
     pub(crate) serial: SerialSaved,
+    /// The guest's, off where it is not told.
+    #[serde(default)]
+    pub(crate) watchdog: WatchdogSaved,
     /// In the order in which the guest finds them.
     pub devices: Vec<TransportState>,
 }
@@ -72,7 +77,7 @@ pub enum FormatError {
     #[error("not the state of a machine")]
     NotOne,
     /// Of another version.
-    #[error("the state has version {found}, and this monitor reads {VERSION}")]
+    #[error("the state has version {found}, and this monitor reads {OLDEST} to {VERSION}")]
     Version {
         /// Which.
         found: u32,
@@ -124,7 +129,7 @@ impl MachineState {
             _ => return Err(FormatError::NotOne),
         };
         let found = u32::from_le_bytes(version.map_err(|_| FormatError::NotOne)?);
-        if found != VERSION {
+        if !(OLDEST..=VERSION).contains(&found) {
             return Err(FormatError::Version { found });
         }
         Ok(serde_json::from_slice(content)?)
@@ -153,8 +158,10 @@ mod tests {
             decode(b"INSULAOV\x01\0\0\0{}"),
             FormatError::NotOne
         ));
-        let later = decode(&with_head(2, b"{}"));
-        assert!(matches!(later, FormatError::Version { found: 2 }));
+        let later = decode(&with_head(VERSION + 1, b"{}"));
+        assert!(matches!(later, FormatError::Version { found: 3 }));
+        let earlier = decode(&with_head(OLDEST - 1, b"{}"));
+        assert!(matches!(earlier, FormatError::Version { found: 0 }));
         assert!(matches!(
             decode(&with_head(VERSION, b"{}")),
             FormatError::Content(_)

@@ -186,3 +186,74 @@ fn a_device_serves_a_micro_guest() {
     assert_ne!(filled, [0; 64]);
     assert_eq!(machine.statistics().device_failures, [("rng", 0, None)]);
 }
+
+/// Registers of the watchdog: RUN, and from how many counts, four bytes on.
+const WATCHDOG: u64 = 0xd010_0000;
+const COUNTER: u64 = 0x20_0000;
+
+/// Its shortest time is a second.
+#[test]
+fn a_guest_whose_watchdog_runs_out_starts_anew() {
+    let Some(hypervisor) = hypervisor() else {
+        return;
+    };
+    let steps = [
+        Step::Write32(WATCHDOG + 4, 10),
+        Step::Write32(WATCHDOG, 1),
+        Step::Count(COUNTER),
+    ];
+    let start = Instant::now();
+    let reason = Guest::script(steps).run(&hypervisor);
+    assert_eq!(reason, ExitReason::Reboot(RebootBy::Watchdog));
+    assert!(start.elapsed() >= Duration::from_secs(1));
+}
+
+#[test]
+fn a_watchdog_stands_still_while_its_machine_does() {
+    let Some(hypervisor) = hypervisor() else {
+        return;
+    };
+    let steps = [
+        Step::Write32(WATCHDOG + 4, 20),
+        Step::Write32(WATCHDOG, 1),
+        Step::Count(COUNTER),
+    ];
+    let mut machine = Guest::script(steps).build(&hypervisor);
+    machine.resume().expect("a new machine");
+    until("it counts", || word(&machine, COUNTER) > 0);
+    machine.pause().expect("it runs");
+    let longer = Instant::now() + Duration::from_millis(2500);
+    assert_eq!(machine.wait(Some(longer)), None);
+    machine.resume().expect("it is paused");
+    let reason = end_of(&machine);
+    assert_eq!(reason, ExitReason::Reboot(RebootBy::Watchdog));
+}
+
+/// Every width and value at its registers and beside them, and again and again.
+#[test]
+fn odd_values_at_the_watchdog_do_nothing() {
+    let Some(hypervisor) = hypervisor() else {
+        return;
+    };
+    let mut steps = Vec::new();
+    for offset in 0..40 {
+        let at = WATCHDOG + offset;
+        steps.extend([Step::Write8(at, 1), Step::Write64(at, u64::MAX)]);
+        steps.push(Step::Read32(at));
+        if offset % 4 != 0 || offset >= 16 {
+            steps.push(Step::Write32(at, 1));
+        }
+    }
+    for count in [0, 9, 36_001, u32::MAX] {
+        steps.push(Step::Write32(WATCHDOG + 4, count));
+    }
+    // It is off, and half a minute long: nothing of that was taken.
+    steps.push(Step::Wait32(WATCHDOG, 0));
+    steps.push(Step::Wait32(WATCHDOG + 4, 300));
+    for _ in 0..2000 {
+        steps.extend([Step::Write32(WATCHDOG, 1), Step::Write32(WATCHDOG + 12, 1)]);
+    }
+    steps.extend([Step::Write32(WATCHDOG, 0), Step::Wait32(WATCHDOG + 8, 0)]);
+    steps.push(OFF);
+    assert_eq!(Guest::script(steps).run(&hypervisor), ExitReason::Poweroff);
+}

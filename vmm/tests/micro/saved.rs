@@ -4,7 +4,7 @@ use std::fs::File;
 use std::time::{Duration, Instant};
 
 use insula_vmm::config::Console;
-use insula_vmm::exit::ExitReason;
+use insula_vmm::exit::{ExitReason, RebootBy};
 use insula_vmm::machine::{BuildError, LifeError, Phase};
 use insula_vmm::snapshot::{MachineState, Snapshot};
 use insula_vmm::threads::Threads;
@@ -204,4 +204,29 @@ fn a_state_that_was_tampered_with_harms_nobody() {
         }
     }
     assert!(refused > 0, "nothing was refused");
+}
+
+/// What was left of its time is saved with it.
+#[test]
+fn a_watchdog_goes_on_where_it_was() {
+    let Some(hypervisor) = hypervisor() else {
+        return;
+    };
+    let steps = [
+        Step::Write32(0xd010_0004, 10),
+        Step::Write32(0xd010_0000, 1),
+        Step::Count(COUNTER),
+    ];
+    let guest = Guest::script(steps);
+    let screen = guest.screen.clone();
+    let mut machine = guest.build(&hypervisor);
+    machine.resume().expect("a new machine");
+    until("it counts", || word(&machine, COUNTER) > 0);
+    machine.pause().expect("it runs");
+    let mut clone = Saved::of(&machine).restore(&hypervisor, &screen);
+    let longer = Instant::now() + Duration::from_millis(1500);
+    assert_eq!(clone.wait(Some(longer)), None, "it stands still");
+    clone.resume().expect("it is paused");
+    let reason = end_of(&clone);
+    assert_eq!(reason, ExitReason::Reboot(RebootBy::Watchdog));
 }

@@ -63,7 +63,12 @@ const GUEST_MODULES: [&str; 12] = [
 ];
 
 /// What its tests load themselves, from the root disk.
-const ROOT_MODULES: [&str; 2] = ["drivers/input/evdev", "drivers/acpi/button"];
+const ROOT_MODULES: [&str; 4] = [
+    "drivers/input/evdev",
+    "drivers/acpi/button",
+    "drivers/watchdog/watchdog",
+    "drivers/watchdog/wdat_wdt",
+];
 
 /// Of the bed: goes over to a root that can be left again, as a jail does; brings up
 /// KVM, runs the tests, goes off.
