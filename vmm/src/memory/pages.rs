@@ -29,6 +29,13 @@ pub(super) fn reserve(bytes: usize) -> io::Result<MmapRegion> {
     Ok(region)
 }
 
+/// Takes back that this process may have no large pages: its allocator was told so when the process
+/// began, and does not ask for them any more.
+pub(crate) fn allow_large_pages() {
+    // SAFETY: the call takes numbers and touches no memory of ours. Where it is refused pages are small.
+    let _ = unsafe { libc::prctl(libc::PR_SET_THP_DISABLE, 0, 0, 0, 0) };
+}
+
 /// A mapping that is in the way of others.
 struct InTheWay {
     at: *mut c_void,

@@ -88,6 +88,9 @@ pub fn spawn(
         .arg(verb)
         .arg(serde_json::to_string(orders)?)
         .env_clear()
+        // The program's allocator would take its own heap on large pages, and fill them with zeroes
+        // before the guest has run; it obeys by having none at all, which `run` takes back.
+        .env("MIMALLOC_ALLOW_THP", "0")
         .stdin(socket)
         .stdout(record)
         .stderr(log)

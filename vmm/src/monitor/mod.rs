@@ -36,6 +36,7 @@ use std::process::ExitCode;
 
 use crate::jail::seccomp::Filters;
 use crate::jail::{self, Measure};
+use crate::memory::pages;
 
 pub use client::{CallError, Client};
 use launch::{Orders, Walls};
@@ -47,6 +48,7 @@ use protocol::{Cause, Record};
 #[must_use]
 pub fn run(orders: &str) -> ExitCode {
     jail::say_panics_in_one_line();
+    pages::allow_large_pages();
     let record = match prepare(orders) {
         Ok(service) => service.run(),
         Err(error) => Record {
