@@ -5,6 +5,7 @@
 //!
 //! * [`cost`]: server CPU per request of a small service
 //! * [`servers`]: who takes part, and how each is started; [`insula`] and [`floor`] in particular
+//! * [`machines`]: publishes what the machines' own bench found
 //! * [`load`], [`response`]: the client
 //! * [`process`], [`cores`]: processes that we start, what they used, and where they may run
 //! * [`report`], [`page`], [`plot`], [`stats`]: what is made of it
@@ -23,6 +24,7 @@ mod floor;
 mod http;
 mod insula;
 mod load;
+mod machines;
 mod metering;
 mod neighbour;
 mod open_loop;
@@ -68,6 +70,9 @@ enum Verb {
     Density(density::Options),
     /// What fuel costs on seven small computations
     Metering(metering::Options),
+    /// Publishes what `cargo xtask vm-bench` found, which calls it
+    #[command(hide = true)]
+    Machines(machines::Options),
     /// The floor: raw hyper, no Wasm. `cost` starts it for itself
     #[command(hide = true)]
     Floor(floor::Options),
@@ -81,6 +86,7 @@ fn main() -> ExitCode {
         Verb::Overload(options) => overload::run(&options),
         Verb::Density(options) => density::run(&options),
         Verb::Metering(options) => metering::run(&options),
+        Verb::Machines(options) => machines::run(&options),
         Verb::Floor(options) => floor::run(&options),
     };
     match result {

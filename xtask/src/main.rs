@@ -45,7 +45,8 @@ usage: cargo xtask VERB
                hostile drivers by chance against a device of the monitor: rng, block, overlay, net,
                vsock, balloon; its snapshots: snapshot; or all
   vm-bench [ROUNDS]
-               the monitor beside QEMU's microvm machine, in the same bed
+               the monitor beside QEMU's microvm machine, in the same bed; writes
+               docs/benchmarks.md
   lint         rustfmt and clippy
   deps         which crate may use which
   deny         licences, sources and advisories of what we depend on

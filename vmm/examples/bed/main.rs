@@ -9,7 +9,9 @@ mod console;
 mod devices;
 mod guest;
 mod jailed;
+mod native;
 mod sockets;
+mod table;
 
 use std::io::{self, Write};
 use std::panic::{self, AssertUnwindSafe};
@@ -30,20 +32,26 @@ fn main() -> ExitCode {
         [] => cases(""),
         [word] => cases(word),
         [jailed::VERB, orders] => insula_vmm::monitor::run(orders),
-        ["compare", rounds] => match compare::compare(rounds.parse().expect("a count")) {
-            Ok(true) => ExitCode::SUCCESS,
-            Ok(false) => ExitCode::FAILURE,
-            Err(why) => {
-                say(&format!("FAILED {why}"));
-                ExitCode::FAILURE
-            }
-        },
+        ["compare", rounds] => held(compare::compare(rounds.parse().expect("a count"))),
+        ["native", rounds] => held(native::native(rounds.parse().expect("a count"))),
         ["answer", port, clients] => ended(sockets::answer(
             number(port),
             clients.parse().expect("a count"),
         )),
         ["ask", port, question] => ended(sockets::ask(number(port), question)),
         other => panic!("{other:?}"),
+    }
+}
+
+/// Whether all promises were.
+fn held(outcome: io::Result<bool>) -> ExitCode {
+    match outcome {
+        Ok(true) => ExitCode::SUCCESS,
+        Ok(false) => ExitCode::FAILURE,
+        Err(why) => {
+            say(&format!("FAILED {why}"));
+            ExitCode::FAILURE
+        }
     }
 }
 

@@ -4,17 +4,19 @@
 //! same bed on the same emulated processor. What is measured, and how, is in the bed's program.
 
 use std::fs;
+use std::io::Write as _;
 use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::process::{Command, Stdio};
 
 use anyhow::{Context, Result, bail};
 
 use super::bed::{HOST_MODULES, modules, programs, with_modules};
 use super::cpio::Archive;
 use super::debian::Debian;
-use super::vmlinux;
-use crate::repository::Repository;
-use crate::tools::in_path;
+use super::{Report, vmlinux};
+use crate::repository::{Repository, cargo};
+use crate::say;
+use crate::tools::{in_path, is_root};
 
 /// Of the bed: a root that can be left again, as a jail does; KVM and the kernel's trace, then the comparison.
 const HOST_INIT: &str = r#"#!/bin/busybox sh
@@ -45,8 +47,12 @@ const RUN: &str = "#!/bin/busybox sh
 exec /bed/qemu/loader --library-path /bed/qemu/libraries /bed/qemu/qemu-system-x86_64 \"$@\"
 ";
 
-/// Builds the image; returns it.
-pub(super) fn build(repository: &Repository, dir: &Path, debian: &Debian) -> Result<PathBuf> {
+/// Builds the image; returns it, and the bed's program.
+pub(super) fn build(
+    repository: &Repository,
+    dir: &Path,
+    debian: &Debian,
+) -> Result<(PathBuf, PathBuf)> {
     let programs = programs(repository, dir)?;
     let mut guest = Archive::new()?;
     guest.file("init", GUEST_INIT.as_bytes())?;
@@ -64,7 +70,47 @@ pub(super) fn build(repository: &Repository, dir: &Path, debian: &Debian) -> Res
     qemu(&mut bed)?;
     let image = dir.join("bench.cpio");
     fs::write(&image, bed.finish()?).with_context(|| image.display().to_string())?;
-    Ok(image)
+    Ok((image, programs.bed))
+}
+
+/// What can be measured on this machine itself.
+pub(super) fn native(program: &Path, rounds: u8, report: &mut Report) -> Result<()> {
+    if !Path::new("/dev/kvm").exists() || !is_root() {
+        say(
+            "skipped: the monitor on this machine itself: it needs /dev/kvm, and root for the jail",
+        );
+        return Ok(());
+    }
+    // Each takes some milliseconds.
+    let rounds = u32::from(rounds) * 5;
+    let output = Command::new(program)
+        .args(["native", &rounds.to_string()])
+        .output()
+        .context("the bed's program")?;
+    for line in String::from_utf8_lossy(&output.stdout).lines() {
+        report.line(line);
+    }
+    Ok(())
+}
+
+/// Puts the rows into `docs/benchmarks.md`.
+pub(super) fn publish(repository: &Repository, rounds: u8, rows: &[String]) -> Result<()> {
+    let version = Command::new("qemu-system-x86_64").arg("--version").output();
+    let version = String::from_utf8_lossy(&version.context("QEMU")?.stdout).into_owned();
+    // "QEMU emulator version 7.2.22 (Debian 1:7.2+dfsg-7+deb12u18)"
+    let number = version.split_whitespace().nth(3).unwrap_or("?");
+    let mut command = cargo(&repository.root);
+    command.args(["run", "--release", "--quiet", "--package", "insula-bench"]);
+    command.args(["--", "machines", "--rounds", &rounds.to_string()]);
+    command.args(["--qemu", &format!("QEMU {number}")]);
+    let mut child = command.stdin(Stdio::piped()).spawn().context("cargo run")?;
+    let mut input = child.stdin.take().context("it has an input")?;
+    input.write_all(rows.join("\n").as_bytes())?;
+    drop(input);
+    if !child.wait()?.success() {
+        bail!("the rows were not published");
+    }
+    Ok(())
 }
 
 /// This machine's QEMU, with all that it needs to boot a kernel in a microvm.
