@@ -24,6 +24,7 @@ mod measured;
 mod operations;
 mod outbound;
 mod overload;
+mod power;
 mod prometheus;
 mod python;
 mod reuse;
