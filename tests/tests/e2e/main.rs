@@ -11,6 +11,7 @@ mod cold;
 mod curl;
 mod durable;
 mod faults;
+mod floods;
 mod fuel;
 mod full;
 mod handmade;

@@ -210,3 +210,77 @@ fn a_flood_of_refused_requests_takes_its_tenants_share_and_no_more() {
     });
     drop(loops);
 }
+
+/// How far above what it is beside nothing a p99 may be, or so short that nobody minds.
+const RATIO_MAX: f64 = 2.0;
+const SHORT: Duration = Duration::from_millis(3);
+
+/// Says how far one p99 is above the other.
+fn within(name: &str, beside: Duration, alone: Duration) -> f64 {
+    let ratio = beside.as_secs_f64() / alone.as_secs_f64();
+    eprintln!("{name}: p99 {beside:?}, {alone:?} alone: {ratio:.2}");
+    assert!(
+        ratio <= RATIO_MAX || beside <= SHORT,
+        "{name}: {beside:?} and {alone:?}"
+    );
+    ratio
+}
+
+#[test]
+fn a_compilation_without_end_leaves_others_their_latency() {
+    let host = TestHost::measured().start();
+    let hello = host.tenant("victim").create().deploy("hello");
+    let service = host.tenant("left").create().service("bad").create();
+    let measure = || load::during(Duration::from_secs(4), 1, &hello.get("/"));
+    let _ = measure();
+    let alone = measure().quantile(0.99);
+    let (name, bytes) = crate::bombs::endless_bombs().remove(0);
+    let path = format!("{}/versions", service.path());
+    let upload = host.admin().upload(&path, bytes);
+    let upload = upload.patience(Duration::from_secs(120));
+    std::thread::scope(|scope| {
+        let uploading = scope.spawn(|| upload.send());
+        // Until the compiler is at it, and then for a while.
+        let _ = measure();
+        let beside = measure();
+        assert!(!uploading.is_finished(), "it was compiled meanwhile");
+        assert_eq!(beside.status(200), beside.total(), "{:?}", beside.statuses);
+        within(name, beside.quantile(0.99), alone);
+        assert_eq!(uploading.join().expect("an answer").status, 422);
+    });
+}
+
+#[test]
+fn floods_of_http2_leave_others_their_latency() {
+    use crate::floods::{FLOODS, closed_after};
+
+    let host = TestHost::measured().start();
+    let hello = host.tenant("victim").create().deploy("hello");
+    let echo = host.tenant("other").create().deploy("echo");
+    let measure = || load::during(Duration::from_secs(2), 1, &hello.get("/"));
+    let _ = measure();
+    let mut worst: f64 = 0.0;
+    for (name, piece) in FLOODS {
+        let alone = measure().quantile(0.99);
+        let ended = AtomicBool::new(false);
+        let (beside, floods) = std::thread::scope(|scope| {
+            let flooder = scope.spawn(|| {
+                let mut floods = 0;
+                while !ended.load(Ordering::Relaxed) {
+                    closed_after(host.ingress(), &echo.host_name(), piece).expect("closed");
+                    floods += 1;
+                    // As often as that, and not as often as a core of ours can.
+                    std::thread::sleep(Duration::from_millis(5));
+                }
+                floods
+            });
+            let beside = measure();
+            ended.store(true, Ordering::Relaxed);
+            assert_eq!(beside.status(200), beside.total(), "{:?}", beside.statuses);
+            (beside.quantile(0.99), flooder.join().expect("a flooder"))
+        });
+        let ratio = within(&format!("{name}, {floods} times"), beside, alone);
+        worst = worst.max(ratio);
+    }
+    eprintln!("the worst of {} floods: {worst:.2}", FLOODS.len());
+}
