@@ -39,4 +39,5 @@ mod tampered;
 mod tls;
 mod traffic;
 mod two_processes;
+mod upgrades;
 mod volumes;
