@@ -96,8 +96,8 @@ pub(crate) fn run(options: &Options) -> Result<()> {
     };
     let mut all = Vec::new();
     for layout in layouts {
-        let bed = bed(options, layout, scratch.path(), &contestants)?;
-        all.push(series(options, layout, &bed, &contestants)?);
+        let beds = beds(options, layout, scratch.path())?;
+        all.push(series(options, layout, &beds, &contestants)?);
     }
     let page = report::Cost {
         series: &all,
@@ -112,52 +112,59 @@ pub(crate) fn run(options: &Options) -> Result<()> {
     Ok(())
 }
 
-fn bed(
-    options: &Options,
-    layout: Layout,
-    scratch: &std::path::Path,
-    contestants: &[Contestant],
-) -> Result<Bed> {
+/// The programs as they are installed, and the same built in another way.
+struct Beds {
+    usual: Bed,
+    other_builds: Bed,
+}
+
+impl Beds {
+    fn of(&self, contestant: Contestant) -> &Bed {
+        if contestant.is_other_build() {
+            &self.other_builds
+        } else {
+            &self.usual
+        }
+    }
+}
+
+fn beds(options: &Options, layout: Layout, scratch: &std::path::Path) -> Result<Beds> {
     let missing = if options.install_peers {
         Missing::Installed
     } else {
         Missing::Refused
     };
-    let needs = |wanted: &[Contestant]| contestants.iter().any(|one| wanted.contains(one));
     let component = match &options.component {
         Some(path) => path.clone(),
         None => peers::built("target/guests/hello.wasm", "cargo xtask guests")?,
     };
     let insula = match &options.insula {
         Some(path) => path.clone(),
-        None if needs(&[Contestant::Insula, Contestant::InsulaReusing]) => {
-            peers::built("target/dist/insula", "cargo build --profile dist -p insula")?
-        }
-        None => PathBuf::new(),
+        None => peers::built("target/dist/insula", "cargo build --profile dist -p insula")?,
     };
-    let wasmtime = if needs(&[
-        Contestant::WasmtimeTuned,
-        Contestant::WasmtimePooled,
-        Contestant::WasmtimeShipped,
-    ]) {
-        peers::wasmtime(missing)?
-    } else {
-        PathBuf::new()
-    };
-    Ok(Bed {
+    let usual = Bed {
         component,
         insula,
-        wasmtime,
+        wasmtime: peers::wasmtime(missing)?,
         places: Places::of(layout)?,
         scratch: scratch.to_owned(),
         expected: HELLO.to_vec(),
+    };
+    let other_builds = Bed {
+        insula: peers::built("target/release/insula", "cargo build --release -p insula")?,
+        wasmtime: peers::wasmtime_optimised(missing)?,
+        ..usual.clone()
+    };
+    Ok(Beds {
+        usual,
+        other_builds,
     })
 }
 
 fn series(
     options: &Options,
     layout: Layout,
-    bed: &Bed,
+    beds: &Beds,
     contestants: &[Contestant],
 ) -> Result<Series> {
     let mut series = Series {
@@ -169,8 +176,9 @@ fn series(
         let mut order = contestants.to_vec();
         order.rotate_left(usize::from(round) % contestants.len());
         for contestant in order {
-            let (sample, real_time) = measure(options, layout, bed, contestant, round)
-                .with_context(|| format!("{} round {}", layout.word(), round + 1))?;
+            let (sample, real_time) =
+                measure(options, layout, beds.of(contestant), contestant, round)
+                    .with_context(|| format!("{} round {}", layout.word(), round + 1))?;
             series.real_time &= real_time;
             say(&format!(
                 "{} round {}/{}  {:<27} {:>6.1} µs ({:.1} user + {:.1} kernel)  {:>7.0}/s  \

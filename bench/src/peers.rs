@@ -9,6 +9,7 @@ use anyhow::{Context, Result, bail};
 /// The same as the wasmtime that we are built on: `host/src/engine/config.rs`.
 const WASMTIME_VERSION: &str = "48.0.8";
 const WASMTIME_VARIABLE: &str = "INSULA_BENCH_WASMTIME";
+const WASMTIME_OPTIMISED_VARIABLE: &str = "INSULA_BENCH_WASMTIME_LTO";
 
 /// The root of this repository.
 pub(crate) fn repository() -> &'static Path {
@@ -23,15 +24,33 @@ pub(crate) enum Missing {
     Installed,
 }
 
-/// The `wasmtime` to measure.
+/// The `wasmtime` to measure, without link-time optimisation: so `cargo install` builds it, and so
+/// its project builds what it releases (its `ci/build-release-artifacts.sh`).
 pub(crate) fn wasmtime(missing: Missing) -> Result<PathBuf> {
-    let program = match env::var_os(WASMTIME_VARIABLE) {
+    peer(missing, "target/peers/wasmtime", WASMTIME_VARIABLE, &[])
+}
+
+/// The same, built with the link-time optimisation of our own `dist` profile.
+pub(crate) fn wasmtime_optimised(missing: Missing) -> Result<PathBuf> {
+    let lto = [("CARGO_PROFILE_RELEASE_LTO", "fat")];
+    let folder = "target/peers/wasmtime-lto";
+    peer(missing, folder, WASMTIME_OPTIMISED_VARIABLE, &lto)
+}
+
+/// The program that `variable` names, or else the one below `folder`, built with `profile`.
+fn peer(
+    missing: Missing,
+    folder: &str,
+    variable: &str,
+    profile: &[(&str, &str)],
+) -> Result<PathBuf> {
+    let program = match env::var_os(variable) {
         Some(path) => PathBuf::from(path),
         None => {
-            let root = repository().join("target/peers/wasmtime");
+            let root = repository().join(folder);
             let program = root.join("bin/wasmtime");
             if !program.exists() && missing == Missing::Installed {
-                install_wasmtime(&root)?;
+                install_wasmtime(&root, profile)?;
             }
             program
         }
@@ -41,7 +60,7 @@ pub(crate) fn wasmtime(missing: Missing) -> Result<PathBuf> {
         .output()
         .with_context(|| {
             let program = program.display();
-            format!("{program}: --install-peers builds it, {WASMTIME_VARIABLE} names another")
+            format!("{program}: --install-peers builds it, {variable} names another")
         })?;
     let said = String::from_utf8_lossy(&output.stdout);
     if !said.split_whitespace().any(|word| word == WASMTIME_VERSION) {
@@ -51,7 +70,7 @@ pub(crate) fn wasmtime(missing: Missing) -> Result<PathBuf> {
     Ok(program)
 }
 
-fn install_wasmtime(root: &Path) -> Result<()> {
+fn install_wasmtime(root: &Path, profile: &[(&str, &str)]) -> Result<()> {
     crate::say(&format!(
         "building wasmtime {WASMTIME_VERSION} into {}",
         root.display()
@@ -60,8 +79,7 @@ fn install_wasmtime(root: &Path) -> Result<()> {
         .args(["install", "wasmtime-cli", "--locked"])
         .args(["--version", WASMTIME_VERSION, "--root"])
         .arg(root)
-        // As our own `dist` profile has it.
-        .env("CARGO_PROFILE_RELEASE_LTO", "fat")
+        .envs(profile.iter().copied())
         .status()
         .context("starting cargo")?;
     if !status.success() {

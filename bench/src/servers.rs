@@ -42,17 +42,21 @@ pub(crate) const POOLED: [&str; 1] = [
 pub(crate) enum Contestant {
     Insula,
     InsulaReusing,
+    InsulaPlain,
     WasmtimeTuned,
+    WasmtimeOptimised,
     WasmtimePooled,
     WasmtimeShipped,
     RawHyper,
 }
 
 impl Contestant {
-    pub(crate) const ALL: [Self; 6] = [
+    pub(crate) const ALL: [Self; 8] = [
         Self::RawHyper,
         Self::InsulaReusing,
         Self::Insula,
+        Self::InsulaPlain,
+        Self::WasmtimeOptimised,
         Self::WasmtimeTuned,
         Self::WasmtimePooled,
         Self::WasmtimeShipped,
@@ -62,19 +66,27 @@ impl Contestant {
         match self {
             Self::Insula => "insula",
             Self::InsulaReusing => "insula, instances reused",
+            Self::InsulaPlain => "insula, without LTO",
             Self::WasmtimeTuned => "wasmtime serve, tuned",
+            Self::WasmtimeOptimised => "wasmtime serve, tuned, with LTO",
             Self::WasmtimePooled => "wasmtime serve, pooled",
             Self::WasmtimeShipped => "wasmtime serve, as shipped",
             Self::RawHyper => "raw hyper, no Wasm",
         }
     }
 
+    /// Whether it is one that is measured a second time, built in another way: ours as the first
+    /// command of the README builds it, the peer as we build ours to be installed.
+    pub(crate) const fn is_other_build(self) -> bool {
+        matches!(self, Self::InsulaPlain | Self::WasmtimeOptimised)
+    }
+
     /// Starts it, and waits until it answers.
     pub(crate) fn serve(self, bed: &Bed) -> Result<Served> {
         let mut served = match self {
-            Self::Insula => insula(bed, &json!({}))?,
+            Self::Insula | Self::InsulaPlain => insula(bed, &json!({}))?,
             Self::InsulaReusing => insula(bed, &json!({"reuse": {"requests": 128}}))?,
-            Self::WasmtimeTuned => wasmtime(bed, &TUNED)?,
+            Self::WasmtimeTuned | Self::WasmtimeOptimised => wasmtime(bed, &TUNED)?,
             Self::WasmtimePooled => wasmtime(bed, &POOLED)?,
             Self::WasmtimeShipped => wasmtime(bed, &[])?,
             Self::RawHyper => floor(bed)?,
@@ -92,7 +104,7 @@ impl Contestant {
 }
 
 /// What all of them are given.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub(crate) struct Bed {
     pub(crate) component: PathBuf,
     pub(crate) insula: PathBuf,
