@@ -7,7 +7,7 @@
 //! runner gets the claim of any thread for its next loans, until it gets on.
 //!
 //! ```text
-//!  worker ── lend(job) ──▶ runner polls it until it waits, ends, or had 2 ms
+//!  worker ── lend(job) ──▶ runner polls it until it waits, ends, or had 1 ms
 //!    │ waits for: input, a new job, 2 ms, the slice's end
 //!    ├─ slice has ended: charge the rest, as after any slice
 //!    └─ anything else:   charge what it took so far, queue the job again as preempted;
