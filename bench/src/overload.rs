@@ -156,8 +156,9 @@ impl Scene<'_> {
         let (others, flood, after) = (others.join()?, flood.join()?, after.join()?);
         let elsewhere = meter.end()?.elsewhere;
         let refused = |record: &Record| matches!(record.ending, Ending::Status(429));
+        let beside = p99(&others, |_| true)?;
         let figures = [
-            (OTHERS, p99(&others, |_| true)? / alone),
+            (OTHERS, beside / alone),
             (
                 ERRORS,
                 count(others.errors()) / count(others.records.len() as u64),
@@ -167,7 +168,8 @@ impl Scene<'_> {
             (RECOVERY, recovery(&calm, &after, self.measured)?),
         ];
         say(&format!(
-            "  peak {peak:.0}/s; flood: {} asked, {} good, {} refused, {} of the host's doing, {} \
+            "  others' p99 {alone:.0} µs alone, {beside:.0} µs beside the flood; peak {peak:.0}/s; \
+             flood: {} asked, {} good, {} refused, {} of the host's doing, {} \
              without answer; client late {} µs",
             flood.records.len(),
             flood.count(|record| record.ending == Ending::Good),

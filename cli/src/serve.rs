@@ -82,10 +82,14 @@ fn settings(args: &ServeArgs) -> Result<Settings> {
     Ok(settings)
 }
 
+/// What is said less of than of everything else: the HTTP/2 library warns of what clients do, as often
+/// as they do it.
+const QUIET: &str = "h2=error";
+
 fn start_logging(filter: &str) {
     let ansi = Style::of(&std::io::stderr()) == Style::Colour;
     tracing_subscriber::fmt()
-        .with_env_filter(EnvFilter::new(filter))
+        .with_env_filter(EnvFilter::new(format!("{QUIET},{filter}")))
         .with_writer(std::io::stderr)
         .with_ansi(ansi)
         .init();

@@ -53,7 +53,7 @@ use crate::pool::entries::{ServiceEntry, ServiceStats, TenantEntry};
 use crate::pool::versions::{Active, Versions};
 use crate::pool::worker::{self, Phase, WorkerError};
 use crate::process::walls::Wall;
-use crate::storage::Volume;
+use crate::storage::{Purse, TenantStorage, Volume};
 use crate::tls::Certificate;
 
 /// What the data plane is started with.
@@ -335,6 +335,10 @@ impl Desk {
                     }
                     Ok(())
                 }
+                ToData::Recount => {
+                    self.recount();
+                    Ok(())
+                }
                 ToData::CopyVolume { from, to, spec } => {
                     match self.copy_volume(seq, from, to, spec, reports) {
                         Ok(()) => continue,
@@ -390,18 +394,22 @@ impl Desk {
         self.pool.set_tenant(id, spec).map_err(Refusal::Envelope)?;
         let (metrics, host_memory) = (&self.metrics, &self.memory);
         let offload = self.pool.offload();
-        let tenant = self.tenants.entry(id).or_insert_with(|| Tenant {
-            entry: Arc::new(TenantEntry {
-                owed: Default::default(),
-                id,
-                metrics: metrics.tenant(&name),
-                name,
-                memory: Arc::new(TenantMemory::new(Arc::clone(host_memory))),
-                offload,
-                storage: Arc::default(),
-                places: Outbound::tenant_places(),
-            }),
-            waited: Default::default(),
+        let tenant = self.tenants.entry(id).or_insert_with(|| {
+            let memory = Arc::new(TenantMemory::new(Arc::clone(host_memory)));
+            let purse = Arc::clone(&memory) as Arc<dyn Purse>;
+            Tenant {
+                entry: Arc::new(TenantEntry {
+                    owed: Default::default(),
+                    id,
+                    metrics: metrics.tenant(&name),
+                    name,
+                    memory,
+                    offload,
+                    storage: Arc::new(TenantStorage::new(purse)),
+                    places: Outbound::tenant_places(),
+                }),
+                waited: Default::default(),
+            }
         });
         let shares = u64::from(spec.cpu.shares.get());
         let left = spec.memory_limit.map(|limit| {
@@ -530,6 +538,19 @@ impl Desk {
         };
         entry.offload.submit(tenant, None, Box::new(count));
         Ok(())
+    }
+
+    /// Begins to count all volumes anew.
+    fn recount(&self) {
+        for (id, (tenant, volume)) in &self.volumes {
+            let (id, volume) = (*id, Arc::clone(volume));
+            let count = move || {
+                if let Err(error) = volume.recount() {
+                    tracing::warn!(%id, %error, "a volume could not be counted anew");
+                }
+            };
+            self.pool.offload().submit(*tenant, None, Box::new(count));
+        }
     }
 
     /// Begins a copy; it is answered when it is done.

@@ -52,7 +52,7 @@ pub enum DataEvent {
     },
     /// It says something.
     Says(FromData),
-    /// What the host before this one had not stored when it handed over.
+    /// The host before this one is gone, and had not stored this when it handed over.
     Inherited(Vec<UsageDelta>),
     /// It has died; another is on its way.
     Down {
@@ -104,6 +104,8 @@ pub enum ToData<F = File> {
     },
     /// The volume is gone, or will be: nothing mounts it.
     DropVolume(VolumeId),
+    /// Another process that changed volumes is gone: count them anew.
+    Recount,
     /// Copy what a volume holds at one moment into an empty directory, durably. Answered when that
     /// is done; commands after it are not held up.
     CopyVolume {
@@ -241,6 +243,7 @@ impl<F> ToData<F> {
                 directory: change(directory)?,
             },
             Self::DropVolume(id) => ToData::DropVolume(id),
+            Self::Recount => ToData::Recount,
             Self::CopyVolume { from, to, spec } => ToData::CopyVolume {
                 from,
                 to: change(to)?,

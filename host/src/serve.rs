@@ -319,16 +319,18 @@ impl Heir {
         let events = data.events();
         let thread = std::thread::Builder::new()
             .name("insula-heir".to_owned())
-            .spawn(move || match predecessor.usage() {
-                Ok(usage) => {
-                    if let Some(events) = events.upgrade() {
-                        // Control is gone: it has stored what it could.
-                        let _ = events.blocking_send(DataEvent::Inherited(usage));
+            .spawn(move || {
+                let usage = predecessor.usage();
+                match &usage {
+                    Ok(_) => tracing::info!("the host that was here has ended"),
+                    Err(error) => {
+                        tracing::warn!(%error, "what the last host used at its end is not known");
                     }
-                    tracing::info!("the host that was here has ended");
                 }
-                Err(error) => {
-                    tracing::warn!(%error, "what the last host used at its end is not known");
+                if let Some(events) = events.upgrade() {
+                    // Where control is gone, it has stored what it could.
+                    let usage = usage.unwrap_or_default();
+                    let _ = events.blocking_send(DataEvent::Inherited(usage));
                 }
             });
         Ok(Self {

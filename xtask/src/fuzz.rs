@@ -40,7 +40,7 @@ const fn device(name: &'static str, tests: &'static str) -> Target {
 }
 
 /// What there is.
-const TARGETS: [Target; 10] = [
+const TARGETS: [Target; 11] = [
     device("rng", "virtio::fuzz::rng"),
     device("block", "virtio::fuzz::block"),
     device("overlay", "virtio::fuzz::overlay"),
@@ -60,6 +60,13 @@ const TARGETS: [Target; 10] = [
         package: "insula-host",
         kind: &["--lib"],
         tests: "ingress::head_guard::tests::hyper_",
+        length: Length::Cases(20_000),
+    },
+    Target {
+        name: "link",
+        package: "insula-host",
+        kind: &["--lib"],
+        tests: "link::",
         length: Length::Cases(20_000),
     },
     Target {

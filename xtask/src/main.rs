@@ -40,10 +40,12 @@ usage: cargo xtask VERB
   tools        fetch the programs of others that tests use into target/tools
   vm-test [WORD]
                boot machines with Debian's own kernel under real KVM, emulated where there is none;
-               with WORD only the cases that have it in their names
+               with WORD only the cases that have it in their names; `power` cuts the power of a
+               machine with a host in it, INSULA_TEST_CUTS times
   fuzz TARGET [--seconds N] [--seed N]
                hostile drivers by chance against a device of the monitor: rng, block, overlay, net,
-               vsock, balloon; its snapshots: snapshot; or all
+               vsock, balloon; bytes by chance against whatever reads them: snapshot, types (names
+               and quantities), heads, link (between control and data), config; or all
   vm-bench [ROUNDS]
                the monitor beside QEMU's microvm machine, in the same bed; writes
                docs/benchmarks.md

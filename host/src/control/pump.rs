@@ -44,7 +44,11 @@ pub(super) async fn pump(control: Rc<Control>, mut events: mpsc::Receiver<DataEv
                 }
             }
             DataEvent::Says(report) => take(&control, report),
-            DataEvent::Inherited(usage) => control.ledger.borrow_mut().absorb(&usage),
+            DataEvent::Inherited(usage) => {
+                control.ledger.borrow_mut().absorb(&usage);
+                let background = Rc::clone(&control);
+                control.spawn(async move { recount(&background).await });
+            }
             DataEvent::Down { cpu_ns } => {
                 control.link.down(cpu_ns);
                 if control.readiness.get() != Readiness::Stopping {
@@ -54,6 +58,13 @@ pub(super) async fn pump(control: Rc<Control>, mut events: mpsc::Receiver<DataEv
                 }
             }
         }
+    }
+}
+
+/// The last requests of the host that was here may have written to volumes.
+async fn recount(control: &Control) {
+    if let Err(error) = control.link.apply(ToData::Recount).await {
+        tracing::warn!(%error, "volumes are counted anew at the next start only");
     }
 }
 

@@ -9,6 +9,7 @@ use insula_types::quantity::Bytes;
 use wasmtime::ResourceLimiter;
 
 use super::config::caps;
+use crate::storage::Purse;
 
 /// Bytes of host memory behind one table element.
 const TABLE_ELEMENT_BYTES: u64 = 8;
@@ -163,6 +164,17 @@ impl TenantMemory {
     fn give_back(&self, bytes: u64) {
         self.used.fetch_sub(bytes, Ordering::Relaxed);
         self.host.used.fetch_sub(bytes, Ordering::Relaxed);
+    }
+}
+
+impl Purse for TenantMemory {
+    fn take(&self, bytes: u64) -> bool {
+        let taken = Self::take(self, bytes);
+        taken.map_err(|by| self.refuse(by)).is_ok()
+    }
+
+    fn give(&self, bytes: u64) {
+        self.give_back(bytes);
     }
 }
 

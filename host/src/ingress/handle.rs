@@ -17,7 +17,7 @@ use insula_scheduler::WorkerId;
 use insula_types::Outcome;
 
 use super::Ingress;
-use super::billing::pays;
+use super::billing::{answers, pays};
 use super::body::{Hold, OutBody, RequestBody};
 use super::headers::{self, INSULA_USAGE};
 use super::problem;
@@ -135,6 +135,7 @@ pub(super) async fn handle(
     };
     let wants_body = *request.method() != Method::HEAD;
     let exchange = Exchange::new(Arc::clone(&service), active.number, request_id, began);
+    answers(&exchange);
     exchange
         .bytes_in
         .store(headers::head_bytes(request.headers()), Ordering::Relaxed);

@@ -9,7 +9,7 @@
 //!
 //! * `connection`: accepting, draining, limits on connections
 //! * `billing`: whose account the work on a connection goes to
-//! * `guarded_io`, `head_guard`: what hyper would let through, and timers on every phase
+//! * `guarded_io`, `head_guard`, `frame_guard`: what hyper would let through, and timers on every phase
 //! * [`handle`]: one request
 //! * [`routes`]: which service a request belongs to
 //! * `headers`: what the host takes out of and puts into heads
@@ -22,6 +22,7 @@
 mod billing;
 pub mod body;
 mod connection;
+mod frame_guard;
 pub mod guarded_io;
 pub mod handle;
 pub mod head_guard;

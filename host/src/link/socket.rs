@@ -84,10 +84,41 @@ fn send_some(socket: BorrowedFd<'_>, bytes: &[u8], files: &[BorrowedFd<'_>]) -> 
     )?)
 }
 
-/// The bytes of a message, and its files.
-fn framed(message: impl Message) -> Result<(Vec<u8>, Vec<OwnedFd>), LinkError> {
-    let Parcel { payload, files } = message.pack()?;
-    Ok((encode(&payload, files.len())?, files))
+/// A message of which a part may have been sent.
+struct Outgoing {
+    bytes: Vec<u8>,
+    sent: usize,
+    /// They go with the first byte.
+    files: Vec<OwnedFd>,
+}
+
+impl Outgoing {
+    fn new(message: impl Message) -> Result<Self, LinkError> {
+        let Parcel { payload, files } = message.pack()?;
+        Ok(Self {
+            bytes: encode(&payload, files.len())?,
+            sent: 0,
+            files,
+        })
+    }
+
+    /// One `sendmsg`. Whether all of it is sent.
+    fn go_on(&mut self, socket: BorrowedFd<'_>) -> io::Result<bool> {
+        let files: Vec<_> = self.files.iter().map(AsFd::as_fd).collect();
+        self.sent += send_some(socket, &self.bytes[self.sent..], &files)?;
+        self.files.clear();
+        Ok(self.sent == self.bytes.len())
+    }
+}
+
+/// Does a step of a process that has nothing else to do.
+fn uninterrupted<T>(mut step: impl FnMut() -> io::Result<T>) -> io::Result<T> {
+    loop {
+        match step() {
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            done => return done,
+        }
+    }
 }
 
 /// Sends a message.
@@ -95,15 +126,9 @@ fn framed(message: impl Message) -> Result<(Vec<u8>, Vec<OwnedFd>), LinkError> {
 /// # Errors
 /// [`LinkError`]; when it is of the message and not of the socket, nothing was sent.
 pub(crate) async fn send(socket: &UnixStream, message: impl Message) -> Result<(), LinkError> {
-    let (bytes, files) = framed(message)?;
-    let mut files: Vec<_> = files.iter().map(AsFd::as_fd).collect();
-    let mut rest = &bytes[..];
-    while !rest.is_empty() {
-        let sending = || send_some(socket.as_fd(), rest, &files);
-        let sent = socket.async_io(Interest::WRITABLE, sending).await?;
-        rest = &rest[sent..];
-        files.clear();
-    }
+    let mut outgoing = Outgoing::new(message)?;
+    let mut step = || outgoing.go_on(socket.as_fd());
+    while !socket.async_io(Interest::WRITABLE, &mut step).await? {}
     Ok(())
 }
 
@@ -132,16 +157,8 @@ pub(crate) async fn receive<M: Message>(
 /// # Errors
 /// [`LinkError`].
 pub(crate) fn send_blocking(socket: &Blocking, message: impl Message) -> Result<(), LinkError> {
-    let (bytes, files) = framed(message)?;
-    let mut files: Vec<_> = files.iter().map(AsFd::as_fd).collect();
-    let mut rest = &bytes[..];
-    while !rest.is_empty() {
-        match send_some(socket.as_fd(), rest, &files) {
-            Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
-            sent => rest = &rest[sent?..],
-        }
-        files.clear();
-    }
+    let mut outgoing = Outgoing::new(message)?;
+    while !uninterrupted(|| outgoing.go_on(socket.as_fd()))? {}
     Ok(())
 }
 
@@ -158,12 +175,8 @@ pub(crate) fn receive_blocking<M: Message>(
         if let Some(message) = inbox.next()? {
             return Ok(message);
         }
-        match inbox.receive(socket.as_fd(), &mut piece) {
-            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-            Ok(false) => return Err(LinkError::Closed),
-            received => {
-                received?;
-            }
+        if !uninterrupted(|| inbox.receive(socket.as_fd(), &mut piece))? {
+            return Err(LinkError::Closed);
         }
     }
 }

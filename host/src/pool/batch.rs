@@ -26,6 +26,8 @@ use super::runners::{Load, Ticket};
 
 /// How long a worker polls guests before it looks at its connections again.
 const BATCH: Duration = Duration::from_micros(250);
+/// For how long after a slice that was cut short the next one is expected to be as long.
+const LONG_AHEAD: Duration = Duration::from_millis(1);
 /// How long a core is lent before the scheduler is asked again.
 const LOAN: Duration = Duration::from_millis(2);
 
@@ -36,6 +38,8 @@ pub(super) struct WorkerState {
     next_sweep: Instant,
     /// The thread may have slept since the last boundary.
     slept: bool,
+    /// When a slice was last cut short here.
+    cut_short: Option<Instant>,
     /// Set while a runner has the core.
     loan: Option<Loan>,
     /// The runner that had it last; perhaps in the middle of a slice.
@@ -101,6 +105,7 @@ impl Pool {
             watch: Stopwatch::new(),
             next_sweep: Instant::now(),
             slept: true,
+            cut_short: None,
             loan: None,
             runner: None,
             connections: Connections::default(),
@@ -189,9 +194,14 @@ impl Pool {
                 Picked::Run(next) => match self.run_slice(worker, next, now) {
                     Ran::Ended { at, end } => {
                         now = at;
-                        // After a whole slice somebody's answer or input may have waited for it.
-                        let waited = now.saturating_duration_since(began);
-                        if waited >= BATCH || could_go_on(end) {
+                        // After a whole slice somebody's answer or input may have waited for it; and
+                        // before one, this answer is not to wait.
+                        if could_go_on(end) {
+                            worker.cut_short = Some(now);
+                        }
+                        let since = |then| now.saturating_duration_since(then);
+                        let long_ahead = worker.cut_short.is_some_and(|at| since(at) < LONG_AHEAD);
+                        if long_ahead || since(began) >= BATCH {
                             let slot = &self.workers[worker.id.index()];
                             if slot.is_behind(self.nanos(now)) {
                                 self.wake_idle(worker.id);
@@ -233,7 +243,10 @@ impl Pool {
         let used = exchange.cpu_ns.load(Ordering::Relaxed);
         let lane = match used {
             0 if exchange.is_cold() => Lane::Runner,
-            _ => exchange.service.stats.pace.lane(used),
+            _ => {
+                let beside_others = worker.connections.are_mixed(now);
+                exchange.service.stats.pace.lane(used, beside_others)
+            }
         };
         let killed = killed.or_else(|| (now >= deadline).then_some(Outcome::Timeout));
         let mut load = Load {
@@ -474,6 +487,8 @@ impl Pool {
         }
         self.queued_again(worker, charged.and_then(|(_, home)| home));
         if gone.is_some() {
+            let used = exchange.cpu_ns.load(Ordering::Relaxed);
+            exchange.service.stats.pace.request(used);
             exchange.finish();
         }
         if could_go_on(end) && charged.is_some_and(|(runnable, _)| runnable > 1) {

@@ -29,7 +29,9 @@ use super::run_queue::key_of;
 
 /// CPU time that a tenant's connections may have before the run queue is looked at again, and in each
 /// of their turns after that: as long as guests may have the core between two looks at the network.
-const ROUND_NS: u64 = 250_000;
+const ROUND_NS: u64 = 100_000;
+/// For how long a tenant's connections are remembered when another's come.
+const MIXED: Duration = Duration::from_millis(50);
 /// How long a core is lent while connections wait for their turn.
 const SHORT_LOAN: Duration = Duration::from_micros(500);
 
@@ -55,6 +57,10 @@ pub(super) struct Connections {
     /// to do in one.
     used: Vec<(Owner, u64)>,
     waiting: VecDeque<(Owner, Line)>,
+    /// The tenant whose had something to do last.
+    last: Owner,
+    /// When that was another than before.
+    changed: Option<Instant>,
 }
 
 impl Connections {
@@ -70,8 +76,23 @@ impl Connections {
             && self.waiting.iter().all(|(whose, _)| *whose != owner)
     }
 
-    /// One of them has used so much.
-    fn used(&mut self, owner: Owner, ns: u64) {
+    /// Whether those of several tenants come here.
+    pub(super) fn are_mixed(&self, now: Instant) -> bool {
+        let since = |at| now.saturating_duration_since(at);
+        self.changed.is_some_and(|at| since(at) < MIXED)
+    }
+
+    /// One of this owner's has gone.
+    fn went(&mut self, owner: Owner, now: Instant) {
+        if owner.is_some() && owner != self.last {
+            self.changed = self.last.map(|_| now);
+            self.last = owner;
+        }
+    }
+
+    /// One of them has gone at once, and used so much.
+    fn used(&mut self, owner: Owner, ns: u64, now: Instant) {
+        self.went(owner, now);
         match self.used.iter_mut().find(|(whose, _)| *whose == owner) {
             Some((_, sum)) => *sum += ns,
             None => self.used.push((owner, ns)),
@@ -166,12 +187,12 @@ impl Pool {
     /// A connection's task was polled: charges what the calling worker did since it began.
     pub(crate) fn end_billed(&self, payer: Option<&Payer>) {
         with_worker(|worker| {
-            let ns = worker.watch.lap().1;
+            let (now, ns) = worker.watch.lap();
             match payer {
                 Some(payer) => payer.charge(ns),
                 None => self.add_host_ns(worker.id, ns),
             }
-            worker.connections.used(payer.map(Payer::tenant), ns);
+            worker.connections.used(payer.map(Payer::tenant), ns, now);
         });
     }
 
@@ -245,6 +266,7 @@ impl Pool {
                 None => self.add_host_ns(worker.id, ns),
             });
         }
+        worker.connections.went(owner, *at);
         if let Some(tenant) = owner {
             let (used, at) = (Nanos::from_nanos(in_turn), self.nanos(*at));
             // A tenant that is gone pays no more.
@@ -289,13 +311,27 @@ mod tests {
     #[test]
     fn a_round_is_each_owners_own() {
         let mut connections = Connections::default();
-        connections.used(tenant(1), ROUND_NS - 1);
+        let now = Instant::now();
+        connections.used(tenant(1), ROUND_NS - 1, now);
         assert!(connections.may_go(tenant(1)));
-        connections.used(tenant(1), 1);
+        connections.used(tenant(1), 1, now);
         assert!(!connections.may_go(tenant(1)));
         assert!(connections.may_go(tenant(2)) && connections.may_go(None));
         connections.begin_round();
         assert!(connections.may_go(tenant(1)));
+    }
+
+    #[test]
+    fn several_tenants_are_noticed_and_forgotten() {
+        let mut connections = Connections::default();
+        let now = Instant::now();
+        connections.used(tenant(1), 1, now);
+        connections.used(None, 1, now);
+        connections.used(tenant(1), 1, now);
+        assert!(!connections.are_mixed(now));
+        connections.used(tenant(2), 1, now);
+        assert!(connections.are_mixed(now));
+        assert!(!connections.are_mixed(now + MIXED));
     }
 
     #[test]

@@ -6,7 +6,9 @@
 //! over 64 MiB burns its fuel at once and then takes 20 ms), the service's slices run on a
 //! [runner](super::runners), where the kernel can take the core away from them in the middle. So do
 //! those of a request that has computed for a millisecond, whatever its service: it is in no hurry,
-//! and others are.
+//! and others are. Where requests of several tenants come to a worker, so do those of a service whose
+//! requests usually take so long that a hand-over hardly counts: the others' need not wait for the
+//! ends of their slices.
 //!
 //! ```text
 //!   new ──▶ on runners, for 16 short slices ──▶ on workers
@@ -22,6 +24,9 @@ const TARGET_NS: u64 = 100_000;
 const OVERRUN_NS: u64 = 2_000_000;
 /// A request that has used this much CPU time is a long one.
 const LONG_NS: u64 = 1_000_000;
+/// Requests that usually take this much are on runners from their first slice on, while others come
+/// to the worker: a hand-over (about 20 µs) is less than a tenth of it.
+const SLOW_NS: u64 = 250_000;
 /// A slice is short up to this.
 const SHORT_NS: u64 = 2 * TARGET_NS;
 /// Bounds of the quantum, in fuel. The least still does more than it costs to begin a slice.
@@ -72,6 +77,9 @@ pub struct Pace {
     owed: AtomicU32,
     /// What the next overrun costs.
     penalty: AtomicU32,
+    /// CPU time that a request takes: a mean of the last ones, of which none counts for more than
+    /// [`LONG_NS`].
+    usual_ns: AtomicU64,
 }
 
 impl Default for Pace {
@@ -80,14 +88,18 @@ impl Default for Pace {
             ns_per_fuel: AtomicU64::new(FIRST_PACE),
             owed: AtomicU32::new(PROBATION),
             penalty: AtomicU32::new(FIRST_PENALTY),
+            usual_ns: AtomicU64::new(0),
         }
     }
 }
 
 impl Pace {
-    /// Where the next slice of a request runs that has used so much CPU time.
-    pub(super) fn lane(&self, used_ns: u64) -> Lane {
-        if used_ns > LONG_NS || self.owed.load(Ordering::Relaxed) > 0 {
+    /// Where the next slice of a request runs that has used so much CPU time; `beside_others`, where
+    /// requests of other tenants come to the same worker.
+    pub(super) fn lane(&self, used_ns: u64, beside_others: bool) -> Lane {
+        let owed = self.owed.load(Ordering::Relaxed) > 0;
+        let slow = beside_others && self.usual_ns.load(Ordering::Relaxed) > SLOW_NS;
+        if used_ns > LONG_NS || owed || slow {
             Lane::Runner
         } else {
             Lane::Worker
@@ -125,6 +137,13 @@ impl Pace {
         }
     }
 
+    /// Learns what a whole request took. Racing calls may lose one another's word.
+    pub(super) fn request(&self, used_ns: u64) {
+        let usual = self.usual_ns.load(Ordering::Relaxed);
+        let next = usual - usual / 8 + used_ns.min(LONG_NS) / 8;
+        self.usual_ns.store(next, Ordering::Relaxed);
+    }
+
     fn punish(&self) {
         let penalty = self.penalty.load(Ordering::Relaxed);
         self.owed.store(penalty, Ordering::Relaxed);
@@ -140,7 +159,7 @@ mod tests {
     fn proven() -> Pace {
         let pace = Pace::default();
         for _ in 0..PROBATION {
-            assert_eq!(pace.lane(0), Lane::Runner);
+            assert_eq!(pace.lane(0, false), Lane::Runner);
             pace.slice(Lane::Runner, 20_000, Ending::OfItself);
         }
         pace
@@ -148,8 +167,24 @@ mod tests {
 
     #[test]
     fn a_new_service_shows_short_slices_first() {
-        assert_eq!(proven().lane(0), Lane::Worker);
-        assert_eq!(proven().lane(LONG_NS + 1), Lane::Runner);
+        assert_eq!(proven().lane(0, false), Lane::Worker);
+        assert_eq!(proven().lane(LONG_NS + 1, false), Lane::Runner);
+    }
+
+    #[test]
+    fn requests_that_usually_take_long_make_way_for_others() {
+        let pace = proven();
+        for _ in 0..2 {
+            pace.request(1 << 40);
+        }
+        assert_eq!(pace.lane(0, true), Lane::Worker, "two are not the rule");
+        pace.request(1 << 40);
+        assert_eq!(pace.lane(0, true), Lane::Runner);
+        assert_eq!(pace.lane(0, false), Lane::Worker, "nobody is in a hurry");
+        for _ in 0..8 {
+            pace.request(20_000);
+        }
+        assert_eq!(pace.lane(0, true), Lane::Worker);
     }
 
     #[test]
@@ -158,10 +193,10 @@ mod tests {
         for penalty in [64, 128, 256] {
             pace.slice(Lane::Worker, OVERRUN_NS + 1, Ending::OfItself);
             for _ in 0..penalty {
-                assert_eq!(pace.lane(0), Lane::Runner);
+                assert_eq!(pace.lane(0, false), Lane::Runner);
                 pace.slice(Lane::Runner, 1, Ending::OfItself);
             }
-            assert_eq!(pace.lane(0), Lane::Worker);
+            assert_eq!(pace.lane(0, false), Lane::Worker);
         }
         for _ in 0..30 {
             pace.slice(Lane::Worker, OVERRUN_NS + 1, Ending::OfItself);
@@ -174,7 +209,7 @@ mod tests {
         let pace = Pace::default();
         for _ in 0..100_000 {
             pace.slice(Lane::Runner, 30_000_000, Ending::OfItself);
-            assert_eq!(pace.lane(0), Lane::Runner);
+            assert_eq!(pace.lane(0, false), Lane::Runner);
         }
     }
 

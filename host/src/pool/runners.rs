@@ -7,7 +7,7 @@
 //! runner gets the claim of any thread for its next loans, until it gets on.
 //!
 //! ```text
-//!  worker ── lend(job) ──▶ runner polls it until it waits, ends, or had 2 ms
+//!  worker ── lend(job) ──▶ runner polls it until it waits, ends, or had 1 ms
 //!    │ waits for: input, a new job, 2 ms, the slice's end
 //!    ├─ slice has ended: charge the rest, as after any slice
 //!    └─ anything else:   charge what it took so far, queue the job again as preempted;
@@ -46,8 +46,8 @@ use super::pace::{Ending, Lane};
 
 /// Runners of one host, at most.
 const RUNNERS_MAX: usize = 64;
-/// CPU time after which a runner gives a job back that could go on: a hand-over is a hundredth of it.
-const TURN_NS: u64 = 2_000_000;
+/// CPU time after which a runner gives a job back that could go on: a hand-over is a fiftieth of it.
+const TURN_NS: u64 = 1_000_000;
 /// A clock's reading that was not taken.
 const NOT_YET: u64 = u64::MAX;
 /// A runner that has had nothing to do for this long ends, and gives its heap back.

@@ -1,6 +1,7 @@
 //! Who pays for how much.
 
 use std::collections::HashMap;
+use std::fmt::Debug;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -23,11 +24,36 @@ pub enum Full {
     Tenant,
 }
 
+/// Whose memory it is that open stores take.
+pub trait Purse: Debug + Send + Sync {
+    /// Whether there was so much.
+    fn take(&self, bytes: u64) -> bool;
+    /// Gives back what was taken.
+    fn give(&self, bytes: u64);
+}
+
 /// The storage of one tenant: all its volumes together.
 #[derive(Debug)]
 pub struct TenantStorage {
     used: AtomicU64,
     limit: AtomicU64,
+    /// Of the tenant; `None` where nobody counts.
+    memory: Option<Arc<dyn Purse>>,
+}
+
+/// Memory that was taken.
+#[derive(Debug)]
+pub(super) struct Taken {
+    of: Arc<TenantStorage>,
+    bytes: u64,
+}
+
+impl Drop for Taken {
+    fn drop(&mut self) {
+        if let Some(memory) = &self.of.memory {
+            memory.give(self.bytes);
+        }
+    }
 }
 
 impl Default for TenantStorage {
@@ -35,11 +61,30 @@ impl Default for TenantStorage {
         Self {
             used: AtomicU64::new(0),
             limit: AtomicU64::new(u64::MAX),
+            memory: None,
         }
     }
 }
 
 impl TenantStorage {
+    /// Without a limit; what open stores need of memory is taken from there.
+    #[must_use]
+    pub fn new(memory: Arc<dyn Purse>) -> Self {
+        Self {
+            memory: Some(memory),
+            ..Self::default()
+        }
+    }
+
+    /// Memory of the tenant's, if there is so much.
+    pub(super) fn memory(self: &Arc<Self>, bytes: u64) -> Option<Taken> {
+        let has = |memory: &Arc<dyn Purse>| memory.take(bytes);
+        self.memory.as_ref().is_none_or(has).then(|| Taken {
+            of: Arc::clone(self),
+            bytes,
+        })
+    }
+
     /// Sets the limit; what is used beyond it stays.
     pub fn set_limit(&self, limit: Option<Bytes>) {
         let limit = limit.map_or(u64::MAX, Bytes::get);

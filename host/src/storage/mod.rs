@@ -17,7 +17,9 @@
 //! it is open is paid for until its last [`Handle`] goes.
 //!
 //! On failure: a change that fails half-way is settled by the size that the file has afterwards. After
-//! a crash, and at every start, a volume is counted anew before its first change.
+//! a crash, and at every start, a volume is counted anew before its first change. While a host is
+//! replaced, two processes change it and neither has the other's changes in its books; when the old
+//! one is gone, it is counted once more.
 //!
 //! *Invariant:* below a volume nothing is reached by an ambient path; the sum of a tenant's volumes
 //! never grows beyond its limit by a guest's doing.
@@ -42,7 +44,7 @@ use serde::{Deserialize, Serialize};
 
 use account::{Account, Books, Open};
 
-pub use account::{Full, TenantStorage};
+pub use account::{Full, Purse, TenantStorage};
 pub use copy::{can_shut_in, clear, hand_over, has_openat2};
 pub use pack::{Packer, unpack};
 pub use stores::{Page, Store, StoreFault, Write};
@@ -162,6 +164,23 @@ impl Volume {
             volume: self,
             _others_wait: counted,
         })
+    }
+
+    /// Counts it anew, after another process has changed it as well. Blocks, and changes wait.
+    ///
+    /// # Errors
+    /// When it could not be counted; the books stay as they were.
+    pub fn recount(self: &Arc<Self>) -> io::Result<()> {
+        let _change = self.change()?;
+        let mut used = copy::usage(&self.root)?;
+        let mut books = self.books();
+        for open in books.open.values().filter(|open| open.orphan) {
+            used += Usage::inode(open.bytes);
+        }
+        self.account.tenant.has(used.bytes);
+        self.account.tenant.give(books.used.bytes);
+        books.used = used;
+        Ok(())
     }
 
     /// Copies everything as it is at one moment into an empty directory. Blocks, and changes wait.

@@ -144,6 +144,28 @@ fn the_tenants_limit_is_over_all_its_volumes() {
 }
 
 #[test]
+fn what_another_process_wrote_is_in_the_books_after_another_count() {
+    let (old, _, dir) = volume(quota(1 << 20, 64));
+    let tenant = Arc::<TenantStorage>::default();
+    let new = volume_of(dir.path(), &tenant, quota(1 << 20, 64));
+    let gone = open(&new, &dir.path().join("gone")).unwrap();
+    cut(&gone, 8 * KIB).unwrap();
+    remove(&new, &dir.path().join("gone"));
+    let before = new.used();
+    let theirs = open(&old, &dir.path().join("theirs")).unwrap();
+    cut(&theirs, 100 * KIB).unwrap();
+    assert_eq!(new.used(), before, "they do not know of one another");
+    new.recount().unwrap();
+    let mut all = before;
+    all += Usage::inode(100 * KIB);
+    assert_eq!(new.used(), all, "with what is open and has no name");
+    assert_eq!(tenant.used_bytes(), all.bytes);
+    drop(gone);
+    assert_eq!(new.used(), Usage::inode(100 * KIB));
+    assert_eq!(tenant.used_bytes(), new.used().bytes);
+}
+
+#[test]
 fn writers_at_once_do_not_get_more_than_there_is() {
     let (volume, tenant, dir) = volume(quota(1 << 20, 64));
     // A file takes room as well: all are there before the first of them fills what is left.

@@ -37,7 +37,7 @@ const DATA: u8 = 11;
 const END: u8 = 0x0b;
 
 /// A bomb: its name, and its bytes.
-type Bomb = (&'static str, Vec<u8>);
+pub(crate) type Bomb = (&'static str, Vec<u8>);
 
 fn no_parameters() -> Vec<u8> {
     section(TYPE, &vector(1, &[0x60, 0, 0]))
@@ -299,7 +299,7 @@ fn variables() -> Vec<u8> {
 }
 
 /// Within all caps, and not compiled within the time and memory that a host has for it.
-fn endless_bombs() -> Vec<Bomb> {
+pub(crate) fn endless_bombs() -> Vec<Bomb> {
     let mut bombs = vec![("60 kB of loops over variables", variables())];
     if std::env::var_os("INSULA_TEST_BOMBS").is_some_and(|which| which == "all") {
         let arm = [0x41, 0, 0x04, 0x40, 0x01, 0x05];

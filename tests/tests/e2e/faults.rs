@@ -208,7 +208,7 @@ fn round(
             break;
         }
     }
-    is_served(host, TENANT, &round.model);
+    is_served(host.ingress(), TENANT, &round.model);
     let seen = faults.seen();
     let what = format!("{call:?} {k} with {error:?}: {}", seen.last);
     if round.stopped {
@@ -222,8 +222,8 @@ fn round(
         is_ready(host);
     }
     round.compare();
-    files_are_those_of(host, [&round.model].into_iter());
-    is_served(host, TENANT, &round.model);
+    files_are_those_of(host, round.model.digests());
+    is_served(host.ingress(), TENANT, &round.model);
     let said = host.said();
     assert!(!said.contains("panicked"), "{what}:\n{said}");
     let gone = Change::DeleteTenant.ask(&host.admin(), TENANT, "");
@@ -235,7 +235,7 @@ fn round(
 fn each_fails(call: Call, errors: &[Errno], step: u64) {
     let Some(faults) = Faults::new() else { return };
     let host = faults.start(TestHost::plan());
-    let digests = digests(&host);
+    let digests = digests(&host.admin());
     let mut numbers = Numbers::new(step);
     let mut tried = 0;
     while let Some(k) = numbers.take() {
@@ -277,7 +277,7 @@ fn a_file_that_cannot_be_opened_loses_nothing() {
 fn a_call_that_fails_at_the_start_is_told_and_loses_nothing() {
     let Some(faults) = Faults::new() else { return };
     let host = faults.start(TestHost::plan());
-    let digests = digests(&host);
+    let digests = digests(&host.admin());
     let mut model = Model::default();
     for (number, change) in scenario().into_iter().enumerate() {
         let key = number.to_string();
@@ -307,7 +307,7 @@ fn a_call_that_fails_at_the_start_is_told_and_loses_nothing() {
             }
             is_ready(&host);
             assert_eq!(Model::observe(&host.admin(), TENANT), model, "{call:?} {k}");
-            is_served(&host, TENANT, &model);
+            is_served(host.ingress(), TENANT, &model);
             tried += seen.failed;
             seen.failed > 0
         });

@@ -291,6 +291,48 @@ fn the_data_process_finds_nothing_above_a_volume() {
 }
 
 #[test]
+fn what_the_old_host_still_writes_is_in_the_new_ones_books() {
+    let host = TestHost::plan().arg("--drain", "30s").start();
+    let files = keeper(&host);
+    let volume = || host.admin().get("/v1/tenants/a/volumes/data");
+    let used = || volume()["used_bytes"].as_u64();
+    let (old, body) = (host.pid(), vec![7; 300_000]);
+    let request = files.request("PUT", "/data/late").chunks([body.clone()]);
+    let mut connection = files.connect();
+    connection.raw(&request.head_bytes()).expect("sent");
+    until(
+        Duration::from_secs(5),
+        "the guest waits for the body",
+        || {
+            let now = host
+                .metrics()
+                .sum("insula_instances", &[("state", "running")]);
+            holds(now == 1.0, format!("{now}"))
+        },
+    );
+    std::thread::scope(|scope| {
+        let upgrade = scope.spawn(|| host.upgrade());
+        until(Duration::from_secs(20), "the new host has counted", || {
+            holds(
+                host.pid() != old && used() == Some(0),
+                format!("{:?}", volume()),
+            )
+        });
+        let mut rest = insula_tests::http::Connection::chunk(&body);
+        rest.extend(b"0\r\n\r\n");
+        connection.raw(&rest).expect("sent");
+        let answer = connection.answer("PUT").expect("an answer of the old host");
+        assert_eq!(answer.status, 200, "{}", answer.text());
+        upgrade.join().expect("the old host ends");
+    });
+    until(Duration::from_secs(10), "the file is counted", || {
+        let used = used();
+        // In blocks, and its inode.
+        holds(used == Some(74 * 4_096 + 1_024), format!("{used:?}"))
+    });
+}
+
+#[test]
 fn an_upgrade_in_place_fails_no_request() {
     let rounds: u32 = std::env::var("INSULA_UPGRADES").map_or(2, |n| n.parse().expect("a number"));
     let host = TestHost::plan().arg("--drain", "30s").start();

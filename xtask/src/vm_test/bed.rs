@@ -24,7 +24,7 @@ pub(super) const HOST_MODULES: [&str; 4] = [
 
 /// What rules for packets are made of, and a wire to a namespace, in the order in which they are
 /// loaded.
-const ROUTER_MODULES: [&str; 18] = [
+pub(super) const ROUTER_MODULES: [&str; 18] = [
     "lib/libcrc32c",
     "net/netfilter/nfnetlink",
     "net/ipv4/netfilter/nf_defrag_ipv4",

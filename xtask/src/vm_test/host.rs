@@ -22,12 +22,7 @@ pub(super) const CASES: [(&str, &str); 3] = [
 
 /// Builds it, and puts it in.
 pub(super) fn add(archive: &mut Archive, repository: &Repository, debian: &Debian) -> Result<()> {
-    let mut build = cargo(&repository.root);
-    build.args(["build", "--release", "--package", "insula"]);
-    if !build.status().context("cargo build")?.success() {
-        bail!("the host does not build");
-    }
-    let program = repository.target.join("release/insula");
+    let program = program(repository)?;
     archive.copy("bed/insula", &program)?;
     archive.copy("bed/spin.wasm", &guest(repository, "spin")?)?;
     archive.file("bed/lib", LIBRARY.as_bytes())?;
@@ -36,11 +31,34 @@ pub(super) fn add(archive: &mut Archive, repository: &Repository, debian: &Debia
         let script = script.replace("$IP", &debian.ip.display().to_string());
         archive.file(&format!("bed/{name}"), script.as_bytes())?;
     }
+    with_libraries(archive, &[&program], &[&debian.nft, &debian.ip])
+}
+
+/// Builds the program; says where it is.
+pub(super) fn program(repository: &Repository) -> Result<PathBuf> {
+    let mut build = cargo(&repository.root);
+    build.args(["build", "--release", "--package", "insula"]);
+    if !build.status().context("cargo build")?.success() {
+        bail!("the host does not build");
+    }
+    Ok(repository.target.join("release/insula"))
+}
+
+/// Puts in what `inside`, which are there, and programs of the system are linked to, and those.
+pub(super) fn with_libraries(
+    archive: &mut Archive,
+    inside: &[&Path],
+    system: &[&PathBuf],
+) -> Result<()> {
     let mut all = BTreeSet::new();
-    for program in [&program, &debian.nft, &debian.ip] {
+    for program in inside
+        .iter()
+        .copied()
+        .chain(system.iter().map(|path| path.as_path()))
+    {
         all.extend(libraries(program)?);
     }
-    all.extend([&debian.nft, &debian.ip].map(|program| program.display().to_string()));
+    all.extend(system.iter().map(|program| program.display().to_string()));
     for path in all {
         // Where its loader, or the host, looks for it.
         archive.copy_at(&path)?;

@@ -17,6 +17,7 @@ mod bench;
 mod cpio;
 mod debian;
 mod host;
+mod power;
 mod vmlinux;
 
 use std::io::{BufRead, BufReader};
@@ -41,7 +42,7 @@ const ROW: &str = "row ";
 const END: &str = "end";
 
 /// Fetches, builds, boots, and tells. The last line is `N passed, N failed`. With a word only the
-/// cases run that have it in their names.
+/// cases run that have it in their names; `power` is another machine ([`power`]).
 pub(crate) fn run(repository: &Repository, only: Option<&str>) -> Result<ExitCode> {
     if let Some(word) = only
         && !word.bytes().all(|letter| letter.is_ascii_lowercase())
@@ -49,6 +50,9 @@ pub(crate) fn run(repository: &Repository, only: Option<&str>) -> Result<ExitCod
         bail!("{word:?} is not a word of small letters");
     }
     let dir = repository.target.join("vm-bed");
+    if only == Some("power") {
+        return power::run(repository, &dir);
+    }
     let debian = debian::ensure(&dir)?;
     let image = bed::build(repository, &dir, &debian)?;
     let more = only.map(|word| format!("only={word}")).unwrap_or_default();

@@ -66,6 +66,7 @@ impl Fake {
             ToData::DropTenant(id) => format!("drop tenant {id}"),
             ToData::Volume { id, .. } => format!("volume {id}"),
             ToData::DropVolume(id) => format!("drop volume {id}"),
+            ToData::Recount => "recount".to_owned(),
             ToData::CopyVolume { from, .. } => format!("copy volume {from}"),
             ToData::DropService(id) => format!("drop service {id}"),
             ToData::Open => "open".to_owned(),

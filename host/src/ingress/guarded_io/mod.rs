@@ -17,6 +17,7 @@
 //! | sends a head | [`Timeouts::head`] for all of it | 408, close |
 //! | sends a body that is being read | [`Timeouts::body`] from byte to byte | the body fails |
 //! | does not take what is written | [`Timeouts::write`] from byte to byte | the connection fails |
+//! | speaks HTTP/2 | frames that carry nothing, within a budget (`frame_guard`) | the connection fails |
 //!
 //! A body is being read while hyper asks for more of it, which it does one frame ahead of the
 //! service; behind that frame a service may take its time.
@@ -49,6 +50,7 @@ use http::StatusCode;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::time::{Instant, Sleep, sleep_until};
 
+use crate::ingress::frame_guard::Budget;
 use crate::ingress::head_guard::{HeadGuard, Phase, Violation};
 
 /// Most bytes that are read and dropped after an answer of ours.
@@ -99,12 +101,15 @@ pub enum Ended {
     /// The client took nothing of what was written.
     #[error("the client does not take the response")]
     Write,
+    /// More frames of HTTP/2 than what they carry is reason for.
+    #[error("too many frames that carry nothing")]
+    Flood,
 }
 
 impl From<Ended> for io::Error {
     fn from(ended: Ended) -> Self {
         let kind = match ended {
-            Ended::Violation(_) => io::ErrorKind::InvalidData,
+            Ended::Violation(_) | Ended::Flood => io::ErrorKind::InvalidData,
             Ended::Idle | Ended::Head | Ended::Body | Ended::Write => io::ErrorKind::TimedOut,
         };
         Self::new(kind, ended)
@@ -184,6 +189,10 @@ impl Drop for RequestInProgress {
 pub struct GuardedIo<S> {
     io: S,
     guard: HeadGuard,
+    /// Of frames of HTTP/2; what had gone out when it was looked at last; when it began.
+    budget: Budget,
+    budget_bytes_out: u64,
+    since: Instant,
     shared: Rc<Shared>,
     timeouts: Timeouts,
     life: Life,
@@ -232,6 +241,9 @@ impl<S> GuardedIo<S> {
         let guarded = Self {
             io,
             guard: HeadGuard::new(),
+            budget: Budget::new(),
+            budget_bytes_out: 0,
+            since: Instant::now(),
             shared: Rc::clone(&shared),
             timeouts,
             life: Life::Serving,
@@ -308,6 +320,14 @@ impl<S> GuardedIo<S> {
         self.shared.ended.set(Some(ended));
     }
 
+    fn frames_are_covered(&mut self) -> bool {
+        let out = self.shared.bytes_out.get();
+        let sent = out - self.budget_bytes_out;
+        self.budget_bytes_out = out;
+        let age = self.since.elapsed();
+        self.budget.covers(self.guard.frames(), sent, age)
+    }
+
     fn received(&mut self, bytes: &[u8]) -> usize {
         let count = bytes.len();
         self.shared.bytes_in.update(|sum| sum + count as u64);
@@ -319,6 +339,11 @@ impl<S> GuardedIo<S> {
             self.shared.requests.set(self.guard.requests());
         }
         match result {
+            Ok(()) if self.guard.phase() == Phase::PassThrough && !self.frames_are_covered() => {
+                self.end(Ended::Flood);
+                self.life = Life::Failed(Ended::Flood);
+                0
+            }
             Ok(()) => count,
             Err(refused) => {
                 let ended = Ended::Violation(refused.violation);

@@ -35,6 +35,8 @@ mod tests;
 use text::{HOST, Word, text_run, token_run};
 pub use violation::Violation;
 
+use super::frame_guard::{Came, FrameGuard};
+
 /// Most bytes of a head, from the method to the empty line.
 pub const HEAD_BYTES_MAX: usize = 32 << 10;
 /// Most bytes of a request line, its CRLF included.
@@ -73,7 +75,7 @@ pub enum Phase {
     Head,
     /// A body, or its chunk framing or trailers.
     Body,
-    /// HTTP/2, which is not looked into.
+    /// HTTP/2, of which frames are counted and nothing is judged.
     PassThrough,
 }
 
@@ -152,6 +154,7 @@ pub struct HeadGuard {
     chunk_size_digits: u8,
     extension_left: usize,
     requests: u64,
+    frames: FrameGuard,
 }
 
 impl Default for HeadGuard {
@@ -182,6 +185,7 @@ impl HeadGuard {
             chunk_size_digits: 0,
             extension_left: 0,
             requests: 0,
+            frames: FrameGuard::new(),
         }
     }
 
@@ -222,6 +226,11 @@ impl HeadGuard {
     #[must_use]
     pub const fn requests(&self) -> u64 {
         self.requests
+    }
+
+    /// The frames of HTTP/2 since this was called last.
+    pub(in crate::ingress) const fn frames(&mut self) -> Came {
+        self.frames.take()
     }
 
     /// Follows the next bytes of the connection.
@@ -299,7 +308,10 @@ impl HeadGuard {
             | State::ChunkSizeLf
             | State::ChunkDataCr
             | State::ChunkDataLf => self.chunk(bytes),
-            State::PassThrough => Ok(bytes.len()),
+            State::PassThrough => {
+                self.frames.feed(bytes);
+                Ok(bytes.len())
+            }
         }
     }
 

@@ -133,6 +133,7 @@ fn to_data() -> impl Strategy<Value = ToData> {
         (any::<u64>(), any::<u64>(), found())
             .prop_map(|(id, cpu_ns, found)| { ToData::Answer(Answer { id, cpu_ns, found }) }),
         Just(()).prop_map(|()| ToData::Open),
+        Just(()).prop_map(|()| ToData::Recount),
         (any::<bool>(), any::<u64>()).prop_map(|(usage, control_cpu_ns)| {
             let what = if usage {
                 Collect::Usage
@@ -366,14 +367,131 @@ proptest! {
     }
 
     #[test]
-    fn a_damaged_message_is_refused_or_another_valid_one(
-        message in from_data(), at in any::<prop::sample::Index>(), byte in any::<u8>(),
+    fn a_damaged_report_is_refused_or_another_valid_one(
+        message in from_data(), edits in edits(),
     ) {
         let mut parcel = message.pack().unwrap();
-        let at = at.index(parcel.payload.len());
-        parcel.payload[at] = byte;
-        if let Ok(FromData::Logs(records)) = FromData::unpack(parcel) {
-            prop_assert!(records.iter().all(|record| check(record).is_ok()));
+        damage(&mut parcel.payload, edits);
+        if let Ok(message) = FromData::unpack(parcel) {
+            if let FromData::Logs(records) = &message {
+                prop_assert!(records.iter().all(|record| check(record).is_ok()));
+            }
+            let before = shown_of_data(&message);
+            let after = FromData::unpack(message.pack().unwrap()).unwrap();
+            prop_assert_eq!(shown_of_data(&after), before);
+        }
+    }
+
+    #[test]
+    fn a_damaged_command_is_refused_or_another_valid_one(
+        seq in any::<u64>(), body in to_data(), edits in edits(), lost in 0..3usize,
+    ) {
+        let mut parcel = Command { seq, body }.pack().unwrap();
+        damage(&mut parcel.payload, edits);
+        parcel.files.truncate(parcel.files.len().saturating_sub(lost));
+        let sent = parcel.files.len();
+        if let Ok(command) = Command::unpack(parcel) {
+            let before = shown(&command);
+            let parcel = command.pack().unwrap();
+            prop_assert_eq!(parcel.files.len(), sent, "no file is lost, and none is there twice");
+            prop_assert_eq!(shown(&Command::unpack(parcel).unwrap()), before);
+        }
+    }
+
+    #[test]
+    fn a_damaged_stream_is_cut_into_frames_that_hold_what_they_say(
+        messages in prop::collection::vec(from_data(), 1..4), edits in edits(),
+        piece in 1..300usize,
+    ) {
+        let mut stream = Vec::new();
+        for message in messages {
+            let parcel = message.pack().unwrap();
+            stream.extend(super::super::frame::encode(&parcel.payload, 0).unwrap());
+        }
+        damage(&mut stream, edits);
+        let mut decoder = super::super::frame::Decoder::default();
+        let mut taken = 0;
+        'stream: for piece in stream.chunks(piece) {
+            decoder.push(piece);
+            loop {
+                match decoder.next() {
+                    Ok(Some(frame)) => {
+                        taken += super::super::frame::HEADER_BYTES + frame.payload.len();
+                        prop_assert!(taken <= stream.len());
+                        let files = Vec::new();
+                        let _ = FromData::unpack(Parcel { payload: frame.payload, files });
+                    }
+                    Ok(None) => break,
+                    Err(_) => break 'stream,
+                }
+            }
+        }
+    }
+}
+
+/// What may happen to bytes on their way.
+#[derive(Debug, Clone)]
+enum Edit {
+    Byte(u8),
+    Cut(usize),
+    Again(usize),
+    Insert(Vec<u8>),
+    /// In the place of the number, text or word that begins there or after it.
+    Value(&'static str),
+}
+
+fn edits() -> impl Strategy<Value = Vec<(prop::sample::Index, Edit)>> {
+    let values = vec![
+        "null",
+        "-1",
+        "0",
+        "18446744073709551615",
+        "18446744073709551616",
+        "1e400",
+        "0.1",
+        "[]",
+        "{}",
+        "\"\"",
+        "\"\\u0000\"",
+        "\"\\ud800\"",
+        "true",
+        "[[[[[[[[]]]]]]]]",
+    ];
+    let edit = prop_oneof![
+        1 => any::<u8>().prop_map(Edit::Byte),
+        1 => (1..40usize).prop_map(Edit::Cut),
+        1 => (1..40usize).prop_map(Edit::Again),
+        1 => prop::collection::vec(any::<u8>(), 1..9).prop_map(Edit::Insert),
+        4 => prop::sample::select(values).prop_map(Edit::Value),
+    ];
+    prop::collection::vec((any::<prop::sample::Index>(), edit), 1..5)
+}
+
+fn damage(bytes: &mut Vec<u8>, edits: Vec<(prop::sample::Index, Edit)>) {
+    for (at, edit) in edits {
+        if bytes.is_empty() {
+            return;
+        }
+        let at = at.index(bytes.len());
+        let whole = bytes.len();
+        let end = |length: usize| whole.min(at + length);
+        match edit {
+            Edit::Byte(byte) => bytes[at] = byte,
+            Edit::Cut(length) => drop(bytes.drain(at..end(length))),
+            Edit::Again(length) => {
+                let piece = bytes[at..end(length)].to_vec();
+                bytes.splice(at..at, piece);
+            }
+            Edit::Insert(piece) => drop(bytes.splice(at..at, piece)),
+            Edit::Value(value) => {
+                let is_end = |byte: &u8| matches!(byte, b',' | b']' | b'}');
+                let Some(colon) = bytes[at..].iter().position(|byte| *byte == b':') else {
+                    continue;
+                };
+                let from = at + colon + 1;
+                let length = bytes[from..].iter().position(is_end).unwrap_or(0);
+                bytes.splice(from..from + length, value.bytes());
+            }
         }
     }
 }

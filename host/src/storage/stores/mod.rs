@@ -34,7 +34,7 @@ use redb::{Builder, Database, ReadTransaction, ReadableDatabase, ReadableTable, 
 use rustix::fs::{FlockOperation, Mode, OFlags, ResolveFlags};
 use rustix::io::Errno;
 
-use super::account::{Full, Standing};
+use super::account::{Full, Standing, Taken};
 use super::{Change, Usage, Volume};
 use backing::{Backing, Shared};
 
@@ -52,7 +52,7 @@ pub(super) const PAGE_MAX: usize = 1_000;
 const PAGE_MAX_BYTES: usize = 256 << 10;
 /// What only removing may use, of a volume's size: what it writes before it frees.
 pub(super) const RESERVE_BYTES: u64 = 256 << 10;
-/// Pages of one database in memory.
+/// Pages of one database in memory, which are its tenant's while it is open.
 const CACHE_BYTES: usize = 512 << 10;
 /// Nobody called for this long: the database is closed.
 const IDLE_MAX: Duration = Duration::from_secs(10);
@@ -90,6 +90,9 @@ pub enum StoreFault {
     /// It would be incremented beyond its end.
     #[error("the sum is not below 2^64")]
     Overflow,
+    /// The tenant has no memory for its pages.
+    #[error("the tenant has no memory left to open it")]
+    Memory,
     /// Another process has it.
     #[error("the store is in use by another process")]
     Busy,
@@ -155,6 +158,7 @@ pub struct Page {
 struct Open {
     database: Database,
     backing: Arc<Backing>,
+    _cache: Taken,
 }
 
 /// So much had no room when things stood like this.
@@ -436,6 +440,8 @@ impl Store {
     }
 
     fn open(&self, change: &Change<'_>) -> Result<Open, StoreFault> {
+        let cache = self.0.account.tenant.memory(CACHE_BYTES as u64);
+        let cache = cache.ok_or(StoreFault::Memory)?;
         let file = self.file(change)?;
         lock(&file)?;
         let backing = Arc::new(Backing::new(file, Arc::clone(&self.0.account))?);
@@ -450,7 +456,11 @@ impl Store {
             Ok(database)
         });
         match (opened, backing.refused()) {
-            (Ok(database), _) => Ok(Open { database, backing }),
+            (Ok(database), _) => Ok(Open {
+                database,
+                backing,
+                _cache: cache,
+            }),
             (Err(_), Some(full)) => Err(full.into()),
             (Err(error), None) => Err(error),
         }

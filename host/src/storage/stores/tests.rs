@@ -1,8 +1,10 @@
+use std::sync::atomic::AtomicU64;
+
 use insula_types::VolumeId;
 use insula_types::quantity::Bytes;
 use insula_types::volume::VolumeSpec;
 
-use super::super::TenantStorage;
+use super::super::{Purse, TenantStorage};
 use super::*;
 
 const MIB: u64 = 1 << 20;
@@ -310,4 +312,46 @@ fn what_is_no_store_is_not_taken_for_one() {
         VolumeSpec::default(),
     );
     assert!(Store::of(&Arc::new(plain)).is_none());
+}
+
+/// A tenant that has so much memory left.
+#[derive(Debug)]
+struct Left(AtomicU64);
+
+impl Purse for Left {
+    fn take(&self, bytes: u64) -> bool {
+        let next = |left: u64| left.checked_sub(bytes);
+        let taken = self
+            .0
+            .fetch_update(Ordering::Relaxed, Ordering::Relaxed, next);
+        taken.is_ok()
+    }
+
+    fn give(&self, bytes: u64) {
+        self.0.fetch_add(bytes, Ordering::Relaxed);
+    }
+}
+
+#[test]
+fn the_pages_of_an_open_store_are_memory_of_its_tenant() {
+    let all = CACHE_BYTES as u64;
+    let left = Arc::new(Left(AtomicU64::new(all)));
+    let tenant = Arc::new(TenantStorage::new(Arc::clone(&left) as Arc<dyn Purse>));
+    let [one, two] = [(); 2].map(|()| Rig {
+        dir: tempfile::tempdir().unwrap(),
+        tenant: Arc::clone(&tenant),
+    });
+    let [one, two] = [one.volume(16 * MIB), two.volume(16 * MIB)];
+    let [first, second] = [&one, &two].map(|volume| Store::of(volume).unwrap());
+    set(&first, "a", b"1").unwrap();
+    set(&first, "b", b"2").unwrap();
+    assert_eq!(left.0.load(Ordering::Relaxed), 0, "once, while it is open");
+    let refused = set(&second, "a", b"1").unwrap_err();
+    assert!(matches!(refused, StoreFault::Memory), "{refused}");
+    assert!(matches!(second.get("a"), Err(StoreFault::Memory)));
+    one.close_store();
+    assert_eq!(left.0.load(Ordering::Relaxed), all);
+    set(&second, "a", b"1").unwrap();
+    drop((second, two));
+    assert_eq!(left.0.load(Ordering::Relaxed), all);
 }

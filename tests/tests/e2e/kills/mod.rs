@@ -4,26 +4,33 @@
 //! ```text
 //!  client 0 ── change, change, change … ┐
 //!  client 1 ── change, change, change … ├─ kill -9 ─▶ (start, kill -9) ─▶ start ─▶ compare
+//!  writer ──── file, key, sum, file … ──┤
 //!  (kill -9 of data,) a random instant ─┘
 //! ```
 //!
-//! The data process alone is killed in between, and no client may notice that.
+//! The data process alone is killed in between, and no client may notice that; the writer, whose
+//! requests go to that process, asks again.
 //!
 //! `INSULA_TEST_KILLS` asks for more than 200 kills; `INSULA_TEST_SEED` for the same choices
 //! again (the instants are the machine's).
 
 pub(crate) mod model;
-mod random;
+pub(crate) mod random;
+pub(crate) mod writer;
 
 use std::collections::BTreeSet;
+use std::net::SocketAddr;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, SystemTime};
 
+use insula_tests::http::Request;
 use insula_tests::wait::holds;
 use insula_tests::{Admin, TestHost, guests, until};
 use serde_json::json;
 
 use self::model::{Change, Digests, Model, SAMPLES};
 use self::random::Random;
+use self::writer::Writer;
 
 const KILLS: u64 = 200;
 
@@ -35,22 +42,45 @@ pub(crate) fn number_from(variable: &str) -> Option<u64> {
     )
 }
 
+/// The seed that was asked for, or another one each time.
+pub(crate) fn seed() -> u64 {
+    let seed = number_from("INSULA_TEST_SEED").unwrap_or_else(|| {
+        let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH);
+        now.map_or(0, |now| u64::from(now.subsec_nanos()))
+    });
+    eprintln!("INSULA_TEST_SEED={seed}");
+    seed
+}
+
 /// Somebody who changes a tenant, one change after another.
-struct Client {
-    tenant: String,
+pub(crate) struct Client {
+    pub(crate) tenant: String,
     /// What was acknowledged.
-    model: Model,
+    pub(crate) model: Model,
     /// What was asked for and never answered.
     pending: Option<(Change, String)>,
     random: Random,
     serial: u64,
     digests: Digests,
-    acknowledged: u64,
+    pub(crate) acknowledged: u64,
 }
 
 impl Client {
+    /// Of a tenant that is not there yet.
+    pub(crate) fn new(tenant: &str, random: Random, digests: &Digests) -> Self {
+        Self {
+            tenant: tenant.to_owned(),
+            model: Model::default(),
+            pending: None,
+            random,
+            serial: 0,
+            digests: digests.clone(),
+            acknowledged: 0,
+        }
+    }
+
     /// Makes changes until the host is gone.
-    fn work(&mut self, admin: &Admin) {
+    pub(crate) fn work(&mut self, admin: &Admin) {
         loop {
             self.serial += 1;
             let change = self.model.choose(&mut self.random, self.serial);
@@ -74,7 +104,7 @@ impl Client {
 
     /// Compares with what a host has after a kill, and takes over what became of the change that
     /// was under way.
-    fn compare(&mut self, admin: &Admin) {
+    pub(crate) fn compare(&mut self, admin: &Admin) {
         let found = Model::observe(admin, &self.tenant);
         let Some((change, key)) = self.pending.take() else {
             panic!("the client outlived its host");
@@ -102,10 +132,10 @@ impl Client {
 }
 
 /// What has a version with a share answers, and with that version.
-pub(crate) fn is_served(host: &TestHost, tenant: &str, model: &Model) {
+pub(crate) fn is_served(ingress: SocketAddr, tenant: &str, model: &Model) {
     for (name, service) in &model.services {
         let host_name = format!("{name}.{tenant}.localhost");
-        let answer = host.request(&host_name, "GET", "/");
+        let answer = Request::new(ingress, &host_name, "GET", "/");
         let answer = answer.header("te", "trailers").send();
         if service.traffic.is_empty() {
             assert_eq!(answer.status, 404, "{host_name}: {answer:?}");
@@ -119,22 +149,24 @@ pub(crate) fn is_served(host: &TestHost, tenant: &str, model: &Model) {
 }
 
 /// Digests of the samples.
-pub(crate) fn digests(host: &TestHost) -> Digests {
-    let tenant = host.tenant("samples").create();
-    let service = tenant.service("web").create();
+pub(crate) fn digests(admin: &Admin) -> Digests {
+    let tenant = "/v1/tenants/samples";
+    admin.put(tenant, &json!({}));
+    let service = format!("{tenant}/services/web");
+    admin.put(&service, &json!({}));
     let digests = SAMPLES.map(|sample| {
-        let answer = service.upload(guests::bytes(sample));
+        let answer = admin.upload(&format!("{service}/versions"), guests::bytes(sample));
+        let answer = answer.patience(Duration::from_secs(120)).send();
         let digest = answer.json()["digest"].as_str().map(str::to_owned);
         digest.unwrap_or_else(|| panic!("{answer:?}"))
     });
-    tenant.delete();
+    admin.delete(tenant);
     digests
 }
 
 /// No file is there without a record, and none is missing.
-pub(crate) fn files_are_those_of<'a>(host: &TestHost, models: impl Iterator<Item = &'a Model>) {
-    let wanted: BTreeSet<String> = models
-        .flat_map(Model::digests)
+pub(crate) fn files_are_those_of<'a>(host: &TestHost, digests: impl Iterator<Item = &'a String>) {
+    let wanted: BTreeSet<String> = digests
         .map(|digest| digest.trim_start_matches("sha256:").to_owned())
         .collect();
     let names = |folder: &str| -> BTreeSet<String> {
@@ -165,30 +197,18 @@ fn instant(random: &mut Random) -> Duration {
 #[test]
 fn what_was_acknowledged_survives_kill_9_at_any_instant() {
     let kills = number_from("INSULA_TEST_KILLS").unwrap_or(KILLS);
-    let seed = number_from("INSULA_TEST_SEED").unwrap_or_else(|| {
-        let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH);
-        now.map_or(0, |now| u64::from(now.subsec_nanos()))
-    });
-    eprintln!("INSULA_TEST_SEED={seed}");
-    let mut random = Random(seed);
+    let mut random = Random(seed());
     let host = TestHost::start();
-    let digests = digests(&host);
-    let mut clients: Vec<Client> = ["left", "right"]
-        .into_iter()
-        .map(|tenant| Client {
-            tenant: tenant.to_owned(),
-            model: Model::default(),
-            pending: None,
-            random: Random(random.next()),
-            serial: 0,
-            digests: digests.clone(),
-            acknowledged: 0,
-        })
-        .collect();
+    let digests = digests(&host.admin());
+    let mut writer = Writer::new(&host.admin(), Random(random.next()));
+    let mut clients =
+        ["left", "right"].map(|tenant| Client::new(tenant, Random(random.next()), &digests));
     let (mut done, mut data_deaths) = (0, 0);
     while done < kills {
-        let admin = host.admin();
+        let (admin, ingress) = (host.admin(), host.ingress());
+        let ended = AtomicBool::new(false);
         std::thread::scope(|scope| {
+            scope.spawn(|| writer.work(ingress, &ended));
             for client in &mut clients {
                 let admin = &admin;
                 scope.spawn(move || client.work(admin));
@@ -201,6 +221,7 @@ fn what_was_acknowledged_survives_kill_9_at_any_instant() {
             }
             std::thread::sleep(instant(&mut random));
             host.kill();
+            ended.store(true, Ordering::Relaxed);
         });
         done += 1;
         // Recovery itself is not spared.
@@ -218,15 +239,20 @@ fn what_was_acknowledged_survives_kill_9_at_any_instant() {
         for client in &mut clients {
             client.compare(&admin);
         }
-        files_are_those_of(&host, clients.iter().map(|client| &client.model));
+        writer.compare(host.ingress());
+        let models = clients.iter().flat_map(|client| client.model.digests());
+        files_are_those_of(&host, models.chain(&writer.digests));
         for client in &clients {
-            is_served(&host, &client.tenant, &client.model);
+            is_served(host.ingress(), &client.tenant, &client.model);
         }
     }
     let acknowledged: u64 = clients.iter().map(|client| client.acknowledged).sum();
     eprintln!(
-        "{done} kills of control, {data_deaths} of data alone, {acknowledged} acknowledged changes, none lost"
+        "{done} kills of control, {data_deaths} of data alone, {acknowledged} acknowledged changes \
+         and {} writes of guests, none lost",
+        writer.acknowledged
     );
+    assert!(writer.acknowledged > kills, "{}", writer.acknowledged);
     assert!(
         acknowledged > kills,
         "{acknowledged}: hardly anything was tested"

@@ -210,3 +210,96 @@ fn a_flood_of_refused_requests_takes_its_tenants_share_and_no_more() {
     });
     drop(loops);
 }
+
+/// How far above another a p99 may be, or so short that nobody minds.
+const RATIO_MAX: f64 = 2.0;
+const SHORT: Duration = Duration::from_millis(5);
+
+/// Checks how far one p99 is above the other.
+fn within(name: &str, beside: Duration, alone: Duration) {
+    let ratio = beside.as_secs_f64() / alone.as_secs_f64();
+    eprintln!("{name}: p99 {beside:?}, and {alone:?} without: {ratio:.2}");
+    assert!(
+        ratio <= RATIO_MAX || beside <= SHORT,
+        "{name}: {beside:?} and {alone:?}"
+    );
+}
+
+#[test]
+fn a_compilation_without_end_leaves_others_their_latency() {
+    let host = TestHost::measured().start();
+    let hello = host.tenant("victim").create().deploy("hello");
+    let service = host.tenant("left").create().service("bad").create();
+    let measure = || load::during(Duration::from_secs(2), 1, &hello.get("/"));
+    let _ = measure();
+    let alone = measure().quantile(0.99);
+    let (name, bytes) = crate::bombs::endless_bombs().remove(0);
+    let path = format!("{}/versions", service.path());
+    let upload = host.admin().upload(&path, bytes);
+    let upload = upload.patience(Duration::from_secs(120));
+    std::thread::scope(|scope| {
+        let uploading = scope.spawn(|| upload.send());
+        // Until the compiler is at it, and then for a while.
+        std::thread::sleep(Duration::from_millis(500));
+        let beside = measure();
+        assert!(!uploading.is_finished(), "it was compiled meanwhile");
+        assert_eq!(beside.status(200), beside.total(), "{:?}", beside.statuses);
+        within(name, beside.quantile(0.99), alone);
+        assert_eq!(uploading.join().expect("an answer").status, 422);
+    });
+}
+
+/// Somebody who reads what comes and closes after a while, as a host does with a flood, and as long as
+/// this is there.
+fn sink() -> std::net::SocketAddr {
+    const READ_MAX: usize = 256 << 10;
+    let listener = std::net::TcpListener::bind("127.0.0.1:0").expect("a port");
+    let address = listener.local_addr().expect("its address");
+    std::thread::spawn(move || {
+        for stream in listener.incoming().flatten() {
+            let (mut stream, mut waste, mut read) = (stream, [0; 16 << 10], 0);
+            while read < READ_MAX
+                && let Ok(count @ 1..) = stream.read(&mut waste)
+            {
+                read += count;
+            }
+        }
+    });
+    address
+}
+
+#[test]
+fn floods_of_http2_leave_others_their_latency() {
+    use crate::floods::{FLOODS, closed_after};
+
+    let host = TestHost::measured().start();
+    let hello = host.tenant("victim").create().deploy("hello");
+    let echo = host.tenant("other").create().deploy("echo");
+    let measure = || load::during(Duration::from_secs(2), 1, &hello.get("/"));
+    let _ = measure();
+    // Whoever floods needs a core for it, here of the same machine.
+    let beside = |to: std::net::SocketAddr, piece| {
+        let ended = AtomicBool::new(false);
+        std::thread::scope(|scope| {
+            let flooder = scope.spawn(|| {
+                let mut floods = 0;
+                while !ended.load(Ordering::Relaxed) {
+                    closed_after(to, &echo.host_name(), piece).expect("closed");
+                    floods += 1;
+                    std::thread::sleep(Duration::from_millis(5));
+                }
+                floods
+            });
+            let load = measure();
+            ended.store(true, Ordering::Relaxed);
+            assert_eq!(load.status(200), load.total(), "{:?}", load.statuses);
+            (load.quantile(0.99), flooder.join().expect("a flooder"))
+        })
+    };
+    let sink = sink();
+    for (name, piece) in FLOODS {
+        let (elsewhere, _) = beside(sink, piece);
+        let (here, floods): (_, u32) = beside(host.ingress(), piece);
+        within(&format!("{name}, {floods} times"), here, elsewhere);
+    }
+}
