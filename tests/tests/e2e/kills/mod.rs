@@ -20,7 +20,7 @@ pub(crate) mod writer;
 
 use std::collections::BTreeSet;
 use std::net::SocketAddr;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::AtomicBool;
 use std::time::{Duration, SystemTime};
 
 use insula_tests::http::Request;
@@ -30,7 +30,7 @@ use serde_json::json;
 
 use self::model::{Change, Digests, Model, SAMPLES};
 use self::random::Random;
-use self::writer::Writer;
+use self::writer::{Ending, Writer};
 
 const KILLS: u64 = 200;
 
@@ -208,6 +208,7 @@ fn what_was_acknowledged_survives_kill_9_at_any_instant() {
         let (admin, ingress) = (host.admin(), host.ingress());
         let ended = AtomicBool::new(false);
         std::thread::scope(|scope| {
+            let _ending = Ending(&ended);
             scope.spawn(|| writer.work(ingress, &ended));
             for client in &mut clients {
                 let admin = &admin;
@@ -221,7 +222,6 @@ fn what_was_acknowledged_survives_kill_9_at_any_instant() {
             }
             std::thread::sleep(instant(&mut random));
             host.kill();
-            ended.store(true, Ordering::Relaxed);
         });
         done += 1;
         // Recovery itself is not spared.

@@ -42,6 +42,15 @@ struct Held {
     maybe: Option<Vec<u8>>,
 }
 
+/// Tells a writer that the host is gone, however the test comes to its end.
+pub(crate) struct Ending<'a>(pub(crate) &'a AtomicBool);
+
+impl Drop for Ending<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
+}
+
 /// Somebody who writes.
 pub(crate) struct Writer {
     places: BTreeMap<Place, Held>,

@@ -15,7 +15,7 @@
 mod disk;
 mod machine;
 
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
@@ -24,7 +24,7 @@ use insula_tests::tools::skipped;
 use self::disk::{Disk, Flush};
 use self::machine::{Machine, Parts};
 use crate::kills::random::Random;
-use crate::kills::writer::Writer;
+use crate::kills::writer::{Ending, Writer};
 use crate::kills::{Client, digests, is_served, number_from, seed};
 
 const CUTS: u64 = 3;
@@ -78,13 +78,13 @@ fn what_was_acknowledged_survives_a_power_cut_at_any_instant() {
         let ended = AtomicBool::new(false);
         let ingress = machine.ingress();
         std::thread::scope(|scope| {
+            let _ending = Ending(&ended);
             scope.spawn(|| writer.work(ingress, &ended));
             for client in &mut clients {
                 scope.spawn(|| client.work(&admin));
             }
             wait(&disk, &mut random);
             machine.cut();
-            ended.store(true, Ordering::Relaxed);
         });
         disk.lock().expect("a disk").cut(&mut random);
         machine = Machine::on(&parts, &disk);
