@@ -64,6 +64,7 @@ codes! {
     OtherMachine = 409 "other_machine" "The snapshot is of a machine of another kind";
     HasMachines = 409 "has_machines" "The tenant still has machines";
     TenantMemory = 409 "tenant_memory" "The tenant has no memory left for this machine";
+    NoKvm = 409 "no_kvm" "This host cannot run machines";
     PortTaken = 409 "port_taken" "The port cannot lead to this machine";
     InProgress = 409 "idempotency_in_progress" "The same request is being worked on";
     PreconditionFailed = 412 "precondition_failed" "Somebody else was faster";
@@ -95,7 +96,6 @@ codes! {
     SnapshotBroken = 500 "snapshot_broken" "The snapshot cannot be trusted";
     MachineFailed = 500 "machine_failed" "The machine failed";
     NotApplied = 500 "not_applied" "The change is stored but not in effect";
-    NoKvm = 503 "no_kvm" "This host cannot run machines";
     HostMemory = 503 "host_memory" "The host has no memory left for this machine";
     HostBusy = 503 "host_busy" "The host has enough to do";
     StateStopped = 503 "state_stopped" "The host takes no more changes";
