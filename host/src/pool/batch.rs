@@ -15,7 +15,7 @@ use insula_scheduler::{Nanos, Pick, SliceEnd, WorkerId};
 use insula_types::Outcome;
 use tokio::runtime::Handle;
 
-use super::clock::Stopwatch;
+use super::clock::{Stopwatch, claims_can_change};
 use super::connections::{Connections, Left};
 use super::deadlines::TICK;
 use super::dispatcher::{Pool, lock};
@@ -244,7 +244,9 @@ impl Pool {
         let lane = match used {
             0 if exchange.is_cold() => Lane::Runner,
             _ => {
-                let beside_others = worker.connections.are_mixed(now);
+                // Where a runner has the claim of any thread, a worker that wakes waits for it longer
+                // than for the end of a slice of its own.
+                let beside_others = worker.connections.are_mixed(now) && claims_can_change();
                 exchange.service.stats.pace.lane(used, beside_others)
             }
         };

@@ -29,7 +29,7 @@ use super::run_queue::key_of;
 
 /// CPU time that a tenant's connections may have before the run queue is looked at again, and in each
 /// of their turns after that: as long as guests may have the core between two looks at the network.
-const ROUND_NS: u64 = 100_000;
+const ROUND_NS: u64 = 250_000;
 /// For how long a tenant's connections are remembered when another's come.
 const MIXED: Duration = Duration::from_millis(50);
 /// How long a core is lent while connections wait for their turn.
