@@ -9,10 +9,10 @@
 //!
 //! A new machine is paused: all its threads exist, filters and all, and no instruction has run.
 //!
-//! *Pause*, in this order: vCPUs are parked; devices are brought to rest; the guest's clock is
-//! read; the guest's watchdog stands still. *Resume* is the reverse: the clock goes on from where it was read, devices work, vCPUs
-//! run. *Stop* ends vCPU threads, then the console's and the watchdog's, then the devices': nobody is left who could
-//! notify them.
+//! *Pause*, in this order: vCPUs are parked; the guest's watchdog stands still; devices are brought to
+//! rest; the guest's clock is read. *Resume* is the reverse: the clock goes on from where it was read,
+//! devices work, the watchdog goes on, vCPUs run. *Stop* ends vCPU threads, then the console's and the
+//! watchdog's, then the devices': nobody is left who could notify them.
 
 mod assembly;
 
@@ -383,11 +383,8 @@ impl Machine {
         self.vcpus.clear();
         self.devices.serial().stop();
         self.devices.watchdog().stop();
-        if let Some(watching) = self.watching.take() {
-            let _ = watching.join();
-        }
-        if let Some(console) = self.console.take() {
-            let _ = console.join();
+        for thread in [self.watching.take(), self.console.take()] {
+            let _ = thread.map(JoinHandle::join);
         }
         self.phase = Phase::Stopped;
         self.ending.reason().unwrap_or(ExitReason::Stopped)

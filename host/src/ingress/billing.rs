@@ -50,8 +50,8 @@ struct Account {
     payer: RefCell<Option<Payer>>,
     /// The connection of a stream.
     connection: Option<Rc<Account>>,
-    /// The request of a stream, once it has one.
-    exchange: RefCell<Weak<Exchange>>,
+    /// The request of a stream, once it has one; a connection has many.
+    exchange: Option<RefCell<Weak<Exchange>>>,
 }
 
 impl Account {
@@ -64,7 +64,8 @@ impl Account {
 
     /// Whether no guest works on the answer any more, if ever one did.
     fn is_answered(&self) -> bool {
-        let exchange = self.exchange.borrow().upgrade();
+        let exchange = self.exchange.as_ref();
+        let exchange = exchange.and_then(|exchange| exchange.borrow().upgrade());
         exchange.is_none_or(|exchange| exchange.verdict().is_some())
     }
 
@@ -85,11 +86,14 @@ pub(super) fn pays(service: &ServiceEntry) {
     });
 }
 
-/// The calling task answers this request.
+/// The calling task answers this request. To be remembered where it is a stream.
 pub(super) fn answers(exchange: &Arc<Exchange>) {
     CURRENT.with_borrow(|current| {
-        if let Some(account) = current {
-            *account.exchange.borrow_mut() = Arc::downgrade(exchange);
+        if let Some(place) = current
+            .as_ref()
+            .and_then(|account| account.exchange.as_ref())
+        {
+            *place.borrow_mut() = Arc::downgrade(exchange);
         }
     });
 }
@@ -170,7 +174,7 @@ impl<F> Billed<F> {
         let account = Account {
             payer: RefCell::default(),
             connection: CURRENT.with_borrow(Clone::clone),
-            exchange: RefCell::default(),
+            exchange: Some(RefCell::default()),
         };
         Self::new(pool, future, account, Some(Stall::new()))
     }

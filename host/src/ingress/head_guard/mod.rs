@@ -229,7 +229,7 @@ impl HeadGuard {
     }
 
     /// The frames of HTTP/2 since this was called last.
-    pub(in crate::ingress) const fn frames(&mut self) -> Came {
+    pub(in crate::ingress) fn frames(&mut self) -> Came {
         self.frames.take()
     }
 
