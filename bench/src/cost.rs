@@ -96,8 +96,12 @@ pub(crate) fn run(options: &Options) -> Result<()> {
     };
     let mut all = Vec::new();
     for layout in layouts {
-        let beds = beds(options, layout, scratch.path())?;
-        all.push(series(options, layout, &beds, &contestants)?);
+        let bed = |contestant: &Contestant| {
+            let bed = bed(options, layout, scratch.path(), *contestant)?;
+            Ok((*contestant, bed))
+        };
+        let beds = contestants.iter().map(bed).collect::<Result<Vec<_>>>()?;
+        all.push(series(options, layout, &beds)?);
     }
     let page = report::Cost {
         series: &all,
@@ -112,23 +116,13 @@ pub(crate) fn run(options: &Options) -> Result<()> {
     Ok(())
 }
 
-/// The programs as they are installed, and the same built in another way.
-struct Beds {
-    usual: Bed,
-    other_builds: Bed,
-}
-
-impl Beds {
-    fn of(&self, contestant: Contestant) -> &Bed {
-        if contestant.is_other_build() {
-            &self.other_builds
-        } else {
-            &self.usual
-        }
-    }
-}
-
-fn beds(options: &Options, layout: Layout, scratch: &std::path::Path) -> Result<Beds> {
+/// What one of them is given; it looks for no program but its own.
+fn bed(
+    options: &Options,
+    layout: Layout,
+    scratch: &std::path::Path,
+    contestant: Contestant,
+) -> Result<Bed> {
     let missing = if options.install_peers {
         Missing::Installed
     } else {
@@ -138,47 +132,46 @@ fn beds(options: &Options, layout: Layout, scratch: &std::path::Path) -> Result<
         Some(path) => path.clone(),
         None => peers::built("target/guests/hello.wasm", "cargo xtask guests")?,
     };
-    let insula = match &options.insula {
-        Some(path) => path.clone(),
-        None => peers::built("target/dist/insula", "cargo build --profile dist -p insula")?,
-    };
-    let usual = Bed {
+    let (mut insula, mut wasmtime) = (PathBuf::new(), PathBuf::new());
+    match contestant {
+        Contestant::Insula | Contestant::InsulaReusing => {
+            insula = match &options.insula {
+                Some(path) => path.clone(),
+                None => peers::built("target/dist/insula", "cargo build --profile dist -p insula")?,
+            };
+        }
+        Contestant::InsulaPlain => {
+            insula = peers::built("target/release/insula", "cargo build --release -p insula")?;
+        }
+        Contestant::WasmtimeTuned | Contestant::WasmtimePooled | Contestant::WasmtimeShipped => {
+            wasmtime = peers::wasmtime(missing)?;
+        }
+        Contestant::WasmtimeOptimised => wasmtime = peers::wasmtime_optimised(missing)?,
+        Contestant::RawHyper => {}
+    }
+    Ok(Bed {
         component,
         insula,
-        wasmtime: peers::wasmtime(missing)?,
+        wasmtime,
         places: Places::of(layout)?,
         scratch: scratch.to_owned(),
         expected: HELLO.to_vec(),
-    };
-    let other_builds = Bed {
-        insula: peers::built("target/release/insula", "cargo build --release -p insula")?,
-        wasmtime: peers::wasmtime_optimised(missing)?,
-        ..usual.clone()
-    };
-    Ok(Beds {
-        usual,
-        other_builds,
     })
 }
 
-fn series(
-    options: &Options,
-    layout: Layout,
-    beds: &Beds,
-    contestants: &[Contestant],
-) -> Result<Series> {
+fn series(options: &Options, layout: Layout, beds: &[(Contestant, Bed)]) -> Result<Series> {
     let mut series = Series {
         layout,
         samples: Vec::new(),
         real_time: true,
     };
     for round in 0..options.rounds {
-        let mut order = contestants.to_vec();
-        order.rotate_left(usize::from(round) % contestants.len());
-        for contestant in order {
-            let (sample, real_time) =
-                measure(options, layout, beds.of(contestant), contestant, round)
-                    .with_context(|| format!("{} round {}", layout.word(), round + 1))?;
+        let mut order: Vec<_> = beds.iter().collect();
+        order.rotate_left(usize::from(round) % beds.len());
+        for (contestant, bed) in order {
+            let contestant = *contestant;
+            let (sample, real_time) = measure(options, layout, bed, contestant, round)
+                .with_context(|| format!("{} round {}", layout.word(), round + 1))?;
             series.real_time &= real_time;
             say(&format!(
                 "{} round {}/{}  {:<27} {:>6.1} µs ({:.1} user + {:.1} kernel)  {:>7.0}/s  \

@@ -42,8 +42,10 @@ pub(crate) const POOLED: [&str; 1] = [
 pub(crate) enum Contestant {
     Insula,
     InsulaReusing,
+    /// As the first command of the README builds it.
     InsulaPlain,
     WasmtimeTuned,
+    /// The same, built as we build ours to be installed.
     WasmtimeOptimised,
     WasmtimePooled,
     WasmtimeShipped,
@@ -75,12 +77,6 @@ impl Contestant {
         }
     }
 
-    /// Whether it is one that is measured a second time, built in another way: ours as the first
-    /// command of the README builds it, the peer as we build ours to be installed.
-    pub(crate) const fn is_other_build(self) -> bool {
-        matches!(self, Self::InsulaPlain | Self::WasmtimeOptimised)
-    }
-
     /// Starts it, and waits until it answers.
     pub(crate) fn serve(self, bed: &Bed) -> Result<Served> {
         let mut served = match self {
@@ -104,7 +100,7 @@ impl Contestant {
 }
 
 /// What all of them are given.
-#[derive(Debug, Clone)]
+#[derive(Debug)]
 pub(crate) struct Bed {
     pub(crate) component: PathBuf,
     pub(crate) insula: PathBuf,

@@ -78,6 +78,11 @@ impl Step {
 /// Powers off.
 pub(crate) const OFF: Step = Step::Out8(0x601, 0x34);
 
+/// Registers of the watchdog: RUN, and from how many counts, four bytes on.
+pub(crate) const WATCHDOG: u64 = 0xd010_0000;
+/// Where guests count.
+pub(crate) const COUNTER: u64 = 0x20_0000;
+
 /// Opens KVM, or says why not.
 pub(crate) fn hypervisor() -> Option<Hypervisor> {
     match Hypervisor::open() {
@@ -152,6 +157,15 @@ impl Guest {
             devices: Vec::new(),
             screen: Screen::default(),
         }
+    }
+
+    /// Arms its watchdog from so many counts, and then counts by itself and never says that it is well.
+    pub(crate) fn watched(counts: u32) -> Self {
+        Self::script([
+            Step::Write32(WATCHDOG + 4, counts),
+            Step::Write32(WATCHDOG, 1),
+            Step::Count(COUNTER),
+        ])
     }
 
     pub(crate) fn vcpus(mut self, vcpus: u8) -> Self {

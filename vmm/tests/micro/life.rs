@@ -9,7 +9,7 @@ use insula_vmm::machine::{LifeError, Phase};
 use insula_vmm::virtio::rng::Rng;
 use vm_memory::{Bytes as _, GuestAddress};
 
-use crate::guest::{Guest, OFF, Step, end_of, hypervisor, until, word};
+use crate::guest::{COUNTER, Guest, OFF, Step, WATCHDOG, end_of, hypervisor, until, word};
 
 /// ```text
 /// 1: mov dx, 0x3fd; in al, dx; test al, 1; jz 1b      ; wait for input
@@ -187,23 +187,14 @@ fn a_device_serves_a_micro_guest() {
     assert_eq!(machine.statistics().device_failures, [("rng", 0, None)]);
 }
 
-/// Registers of the watchdog: RUN, and from how many counts, four bytes on.
-const WATCHDOG: u64 = 0xd010_0000;
-const COUNTER: u64 = 0x20_0000;
-
 /// Its shortest time is a second.
 #[test]
 fn a_guest_whose_watchdog_runs_out_starts_anew() {
     let Some(hypervisor) = hypervisor() else {
         return;
     };
-    let steps = [
-        Step::Write32(WATCHDOG + 4, 10),
-        Step::Write32(WATCHDOG, 1),
-        Step::Count(COUNTER),
-    ];
     let start = Instant::now();
-    let reason = Guest::script(steps).run(&hypervisor);
+    let reason = Guest::watched(10).run(&hypervisor);
     assert_eq!(reason, ExitReason::Reboot(RebootBy::Watchdog));
     assert!(start.elapsed() >= Duration::from_secs(1));
 }
@@ -213,12 +204,7 @@ fn a_watchdog_stands_still_while_its_machine_does() {
     let Some(hypervisor) = hypervisor() else {
         return;
     };
-    let steps = [
-        Step::Write32(WATCHDOG + 4, 20),
-        Step::Write32(WATCHDOG, 1),
-        Step::Count(COUNTER),
-    ];
-    let mut machine = Guest::script(steps).build(&hypervisor);
+    let mut machine = Guest::watched(20).build(&hypervisor);
     machine.resume().expect("a new machine");
     until("it counts", || word(&machine, COUNTER) > 0);
     machine.pause().expect("it runs");

@@ -12,9 +12,7 @@ use insula_vmm::virtio::VirtioDevice;
 use insula_vmm::virtio::rng::Rng;
 use insula_vmm::{Hypervisor, Machine};
 
-use crate::guest::{Guest, OFF, Screen, Step, end_of, hypervisor, until, word};
-
-const COUNTER: u64 = 0x20_0000;
+use crate::guest::{COUNTER, Guest, OFF, Screen, Step, end_of, hypervisor, until, word};
 
 /// What a machine leaves: through bytes, as a host keeps it.
 struct Saved {
@@ -212,12 +210,7 @@ fn a_watchdog_goes_on_where_it_was() {
     let Some(hypervisor) = hypervisor() else {
         return;
     };
-    let steps = [
-        Step::Write32(0xd010_0004, 10),
-        Step::Write32(0xd010_0000, 1),
-        Step::Count(COUNTER),
-    ];
-    let guest = Guest::script(steps);
+    let guest = Guest::watched(10);
     let screen = guest.screen.clone();
     let mut machine = guest.build(&hypervisor);
     machine.resume().expect("a new machine");

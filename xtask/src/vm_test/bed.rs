@@ -264,12 +264,25 @@ fn root_disk(dir: &Path, debian: &Debian, bed: &Path) -> Result<PathBuf> {
     executable(&init)?;
     executable(&bin.join("busybox"))?;
     let image = dir.join("root.ext4");
-    let file = fs::File::create(&image).with_context(|| image.display().to_string())?;
-    file.set_len(ROOT_BYTES)?;
-    let mut mkfs = Command::new(&debian.mkfs);
-    mkfs.args(["-q", "-F", "-d"]).arg(&content).arg(&image);
-    run(&mut mkfs).map_err(|why| anyhow::anyhow!("mkfs.ext4: {why}"))?;
+    ext4(debian, &image, ROOT_BYTES, Some(&content))?;
     Ok(image)
+}
+
+/// Makes an ext4 file system, empty or with what a directory holds.
+pub(super) fn ext4(
+    debian: &Debian,
+    image: &Path,
+    bytes: u64,
+    content: Option<&Path>,
+) -> Result<()> {
+    let file = fs::File::create(image).with_context(|| image.display().to_string())?;
+    file.set_len(bytes)?;
+    let mut mkfs = Command::new(&debian.mkfs);
+    mkfs.args(["-q", "-F"]);
+    if let Some(content) = content {
+        mkfs.arg("-d").arg(content);
+    }
+    run(mkfs.arg(image)).map_err(|why| anyhow::anyhow!("mkfs.ext4: {why}"))
 }
 
 fn executable(path: &Path) -> Result<()> {

@@ -3,16 +3,15 @@
 
 use std::fs;
 use std::path::Path;
-use std::process::{Command, ExitCode};
+use std::process::ExitCode;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result};
 
-use super::bed::{ROUTER_MODULES, modules, with_modules};
+use super::bed::{ROUTER_MODULES, ext4, modules, with_modules};
 use super::cpio::Archive;
 use super::debian::{self, Debian};
 use super::host;
 use crate::repository::{Repository, cargo};
-use crate::tools::run as run_quietly;
 
 const INIT: &str = include_str!("power.sh");
 
@@ -37,7 +36,7 @@ pub(super) fn run(repository: &Repository, dir: &Path) -> Result<ExitCode> {
     let debian = debian::ensure(dir)?;
     let program = host::program(repository)?;
     image(dir, &debian, &program)?;
-    disk(dir, &debian)?;
+    ext4(&debian, &dir.join("power.ext4"), DISK_BYTES, None)?;
     fs::copy(&debian.kernel, dir.join("vmlinuz")).context("copying the kernel")?;
     let status = cargo(&repository.root)
         .args(["test", "--release", "--package", "insula-tests"])
@@ -62,17 +61,4 @@ fn image(dir: &Path, debian: &Debian, program: &Path) -> Result<()> {
     host::with_libraries(&mut archive, &[program], &[&debian.nft])?;
     let image = dir.join("power.cpio");
     fs::write(&image, archive.finish()?).with_context(|| image.display().to_string())
-}
-
-/// An empty ext4 file system.
-fn disk(dir: &Path, debian: &Debian) -> Result<()> {
-    let image = dir.join("power.ext4");
-    let file = fs::File::create(&image).with_context(|| image.display().to_string())?;
-    file.set_len(DISK_BYTES)?;
-    let mut mkfs = Command::new(&debian.mkfs);
-    mkfs.args(["-q", "-F"]).arg(&image);
-    if let Err(why) = run_quietly(&mut mkfs) {
-        bail!("mkfs.ext4: {why}");
-    }
-    Ok(())
 }

@@ -9,6 +9,8 @@ use insula_tests::wait::holds;
 use insula_tests::{TestHost, load};
 use serde_json::json;
 
+use crate::kills::writer::Ending;
+
 #[test]
 fn a_service_keeps_answering_beside_eight_endless_loops_on_two_workers() {
     let host = TestHost::measured().start();
@@ -249,8 +251,10 @@ fn a_compilation_without_end_leaves_others_their_latency() {
         });
         // Until the compiler is at it.
         std::thread::sleep(Duration::from_millis(500));
-        let beside = measure();
-        ended.store(true, Ordering::Relaxed);
+        let beside = {
+            let _ending = Ending(&ended);
+            measure()
+        };
         let uploads = compiling.join().expect("uploads");
         assert!(uploads < 10, "{uploads} times: not what takes without end");
         assert_eq!(beside.status(200), beside.total(), "{:?}", beside.statuses);
@@ -299,8 +303,10 @@ fn floods_of_http2_leave_others_their_latency() {
                 }
                 floods
             });
-            let load = measure();
-            ended.store(true, Ordering::Relaxed);
+            let load = {
+                let _ending = Ending(&ended);
+                measure()
+            };
             assert_eq!(load.status(200), load.total(), "{:?}", load.statuses);
             (load.quantile(0.99), flooder.join().expect("a flooder"))
         })
