@@ -257,15 +257,19 @@ impl TestHost {
     }
 
     /// Waits until so many requests of a tenant have ended, however they did.
+    ///
+    /// The page is one read after that: the gauges of one page are a little older than its
+    /// counters.
     pub fn when_ended(&self, tenant: &str, requests: u64) -> Metrics {
-        self.metrics_when("all requests are counted", |metrics| {
+        let _ = self.metrics_when("all requests are counted", |metrics| {
             let outcomes = metrics.outcomes(tenant);
             let ended: u64 = outcomes.values().sum();
             holds(
                 ended == requests,
                 format!("{ended} of {requests}: {outcomes:?}"),
             )
-        })
+        });
+        self.metrics()
     }
 
     /// What a tenant has used, as the admin API has it.
