@@ -60,7 +60,7 @@ pub(super) fn set_claim(tid: i32, claim: Claim) -> bool {
 
 /// Whether a thread of this process may be taken its claim and be given it back, which takes
 /// `CAP_SYS_NICE` or a resource limit for it (sched(7), RLIMIT_NICE). Tried once.
-pub(super) fn claims_can_change() -> bool {
+pub(crate) fn claims_can_change() -> bool {
     static TRIED: OnceLock<bool> = OnceLock::new();
     *TRIED.get_or_init(|| {
         let there_and_back = || set_claim(0, Claim::Leftover) && set_claim(0, Claim::Normal);

@@ -96,6 +96,7 @@ fn start(link: &Blocking, mut walls: Vec<Wall>) -> Result<Running, String> {
     };
     let engine = data::engine(&config).map_err(|error| error.to_string())?;
     walls.extend(walls::raise(&settings.root));
+    walls.push(walls::runners_give_way());
     let listeners = shared(listeners, settings.workers).map_err(|error| error.to_string())?;
     let (commands, commands_in) = mpsc::channel(COMMAND_QUEUE);
     let (reports_out, reports) = mpsc::channel(REPORT_QUEUE);

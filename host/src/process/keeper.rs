@@ -28,6 +28,7 @@ use std::time::{Duration, Instant};
 
 use insula_types::quantity::Bytes;
 use insula_types::spec::RequestLimits;
+use insula_vmm::jail::spawn::in_pid_namespace;
 use rustix::process::{Pid, WaitId, WaitIdOptions, waitid};
 use tokio::net::UnixStream;
 use tokio::sync::mpsc;
@@ -286,15 +287,17 @@ impl Keep {
     async fn begin(&self) -> Result<Life, StartError> {
         let (ours, theirs) = Blocking::pair()?;
         let program = &self.spec.program;
-        let child = std::process::Command::new(&program.program)
+        let mut command = std::process::Command::new(&program.program);
+        command
             .args(&program.arguments)
             .env_clear()
             .current_dir("/")
             .stdin(OwnedFd::from(theirs))
             .stdout(Stdio::null())
             // A terminal's signals are for control.
-            .process_group(0)
-            .spawn()?;
+            .process_group(0);
+        // Whether it has one of its own, it says itself.
+        let (child, _) = in_pid_namespace(&mut command)?;
         let child = Buried {
             child,
             status: None,

@@ -3,10 +3,11 @@
 //! ```text
 //!  at the start      closes every descriptor but 0, 1, 2
 //!  assignment, engine (the last files that it opens: /proc/self/pagemap, for wasmtime)
-//!  before threads    more likely to be killed for want of memory than control
+//!  before threads    the first process of a pid namespace (the spawner's part)
+//!                    more likely to be killed for want of memory than control
 //!                    mount namespace, an empty directory as its root, no queues of the host
 //!                    bounds on descriptors, threads, files; no core dump
-//!                    its own user, no capabilities, no new privileges, not dumpable
+//!                    its own user, no capabilities but one, no new privileges, not dumpable
 //!                    a filter: the system calls of [`CALLS`], which open files below directories that
 //!                    were handed over, and connections to the Internet
 //!                    killed by the kernel when control dies
@@ -27,12 +28,15 @@ use std::os::fd::RawFd;
 use std::path::{Path, PathBuf};
 
 use insula_vmm::jail::{self, Identity, Limits, Measure, Spec};
-use rustix::process::{Resource, Signal, getrlimit, set_parent_process_death_signal, setrlimit};
+use rustix::process::{Resource, Signal, getrlimit, set_parent_process_death_signal};
+use rustix::thread::CapabilitySet;
 use seccompiler::{
     BackendError, BpfProgram, SeccompAction, SeccompCmpArgLen, SeccompCmpOp, SeccompCondition,
     SeccompFilter, SeccompRule, TargetArch,
 };
 use serde::{Deserialize, Serialize};
+
+use crate::pool::clock::claims_can_change;
 
 /// A user and a group that nobody else has: above what systems give to people and services, and
 /// not among those of machines.
@@ -44,9 +48,9 @@ const THREADS_MAX: u64 = 4_096;
 const FILE_MAX_BYTES: u64 = i64::MAX.unsigned_abs();
 /// Half-way to what is killed first (`proc_pid_oom_score_adj(5)`).
 const OOM_SCORE: &str = "500";
-/// `getrlimit(2)`, `RLIMIT_NICE`: 20 minus this is the nicest level that a thread may return to,
-/// and a worker that lends its core returns to 0 (decision 9).
-const NICE_CEILING: u64 = 20;
+/// To give a runner back the claim of any thread (decision 9, `sched(7)`). In a pid namespace of its
+/// own it names no other process, and the filter lets no thread have a claim above the usual.
+const OWN_CLAIMS: CapabilitySet = CapabilitySet::SYS_NICE;
 
 /// One wall.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -67,7 +71,8 @@ impl Wall {
 }
 
 /// In the order in which they are taken.
-const MEASURES: [Measure; 10] = [
+const MEASURES: [Measure; 11] = [
+    Measure::PidNamespace,
     Measure::MountNamespace,
     Measure::EmptyRoot,
     Measure::IpcNamespace,
@@ -81,6 +86,7 @@ const MEASURES: [Measure; 10] = [
 ];
 
 fn spec(root: PathBuf) -> Spec {
+    let among_others = !rustix::process::getpid().is_init();
     let descriptors = getrlimit(Resource::Nofile).maximum;
     Spec {
         root,
@@ -94,6 +100,10 @@ fn spec(root: PathBuf) -> Spec {
             file_bytes: FILE_MAX_BYTES,
             threads: THREADS_MAX,
         },
+        capabilities: match among_others {
+            true => CapabilitySet::empty(),
+            false => OWN_CLAIMS,
+        },
         keep: Vec::new(),
     }
 }
@@ -106,12 +116,20 @@ fn took(spec: &Spec, measures: &[Measure]) -> Vec<Wall> {
     match jail::take(spec, measures) {
         Ok(report) => measures
             .iter()
-            .map(|measure| Wall::new(measure.word(), outcome(&report, *measure)))
+            .map(|measure| Wall::new(word(*measure), outcome(&report, *measure)))
             .collect(),
         Err(not_alone) => measures
             .iter()
-            .map(|measure| Wall::new(measure.word(), Err(&not_alone)))
+            .map(|measure| Wall::new(word(*measure), Err(&not_alone)))
             .collect(),
+    }
+}
+
+/// What a measure is called as a wall.
+fn word(measure: Measure) -> &'static str {
+    match measure {
+        Measure::NoCapabilities => "no capabilities but CAP_SYS_NICE",
+        measure => measure.word(),
     }
 }
 
@@ -134,8 +152,6 @@ pub(super) fn close_descriptors(keep: &[RawFd]) -> Vec<Wall> {
 /// Raises the walls, before the process has a second thread. `root` is an empty directory.
 pub(super) fn raise(root: &Path) -> Vec<Wall> {
     let mut walls = vec![Wall::new("killed before control", oom_score())];
-    // Where this fails, lending cores does without it, as it does for other users than root.
-    let _ = keep_claim();
     walls.extend(took(&spec(root.to_owned()), &MEASURES));
     // After the last change of user, which takes it back. Where it is too late, the link is closed
     // already.
@@ -145,16 +161,19 @@ pub(super) fn raise(root: &Path) -> Vec<Wall> {
     walls
 }
 
-fn oom_score() -> std::io::Result<()> {
-    std::fs::write("/proc/self/oom_score_adj", OOM_SCORE)
+/// Not against a thief but between tenants (decision 9): what is slow lets go of a core at once.
+/// Tried behind the other walls, with a thread of its own.
+pub(super) fn runners_give_way() -> Wall {
+    let why = "the kernel gives no thread its claim back without CAP_SYS_NICE and an own pid \
+               namespace, or RLIMIT_NICE: a request may wait some milliseconds beside slow ones";
+    Wall::new(
+        "runners give way",
+        claims_can_change().then_some(()).ok_or(why),
+    )
 }
 
-fn keep_claim() -> rustix::io::Result<()> {
-    let mut limit = getrlimit(Resource::Nice);
-    for bound in [&mut limit.current, &mut limit.maximum] {
-        *bound = bound.map(|now| now.max(NICE_CEILING));
-    }
-    setrlimit(Resource::Nice, limit)
+fn oom_score() -> std::io::Result<()> {
+    std::fs::write("/proc/self/oom_score_adj", OOM_SCORE)
 }
 
 fn filter() -> Result<(), String> {
@@ -196,6 +215,8 @@ enum Only {
 
 const ANY: Only = Only::AnyArguments;
 
+/// `linux/sched.h`: `SCHED_OTHER`, `SCHED_IDLE`.
+const CLAIMS: Only = Only::One(1, &[0, 5]);
 /// `linux/prctl.h`: names of threads and of mappings.
 const NAMES: Only = Only::One(0, &[15, 0x5356_4d41]);
 /// `FIONBIO`; `PAGEMAP_SCAN` and `FICLONE` of `linux/fs.h`.
@@ -297,7 +318,7 @@ const CALLS: &[(i64, Only)] = &[
     (libc::SYS_sched_yield, ANY),
     (libc::SYS_sched_getaffinity, ANY),
     (libc::SYS_sched_setaffinity, ANY),
-    (libc::SYS_sched_setscheduler, ANY),
+    (libc::SYS_sched_setscheduler, CLAIMS),
     (libc::SYS_prctl, NAMES),
     // Traps of guests, panics of ours.
     (libc::SYS_rt_sigaction, ANY),

@@ -1,7 +1,7 @@
 //! Control and data are two processes: either may be killed at any time.
 
 use std::os::unix::fs::MetadataExt;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
@@ -216,8 +216,15 @@ fn the_data_process_is_shut_in_as_far_as_the_host_says() {
     assert_eq!(status(data, "NoNewPrivs"), "1");
     let score = std::fs::read_to_string(format!("/proc/{data}/oom_score_adj"));
     assert_eq!(score.expect("proc(5)").trim(), "500");
-    if holds("no capabilities") {
-        assert_eq!(status(data, "CapEff"), "0000000000000000");
+    if holds("no capabilities but CAP_SYS_NICE") {
+        let left = u64::from_str_radix(&status(data, "CapPrm"), 16).expect("a number");
+        assert_eq!(left & !(1 << 23), 0, "capabilities(7): {left:x}");
+        // Where it can name other processes, not even that.
+        assert!(left == 0 || holds("pid namespace"), "{left:x}");
+    }
+    if holds("pid namespace") {
+        let numbers = status(data, "NSpid");
+        assert_eq!(numbers.split_whitespace().last(), Some("1"), "{numbers}");
     }
     if holds("own user") {
         let user = status(data, "Uid");
@@ -229,6 +236,36 @@ fn the_data_process_is_shut_in_as_far_as_the_host_says() {
     } else {
         eprintln!("skipped: the empty root, since the kernel refuses it here");
     }
+}
+
+/// The scheduling policy of a thread, from `/proc/PID/task/TID/stat` (`proc(5)`, field 41).
+fn policy(task: &Path) -> Option<String> {
+    let stat = std::fs::read_to_string(task.join("stat")).ok()?;
+    let (_, rest) = stat.rsplit_once(')')?;
+    rest.split_whitespace().nth(41 - 3).map(ToOwned::to_owned)
+}
+
+#[test]
+fn what_computes_for_long_gives_way_to_everything_else_on_a_core() {
+    let host = TestHost::start();
+    if !wall_holds(&host, "runners give way") {
+        eprintln!("skipped: the kernel lets no thread's claim be changed here");
+        return;
+    }
+    let service = host.tenant("a").create().deploy("echo");
+    let is_runner = |task: &PathBuf| {
+        let name = std::fs::read_to_string(task.join("comm"));
+        name.is_ok_and(|name| name.starts_with("insula-runner"))
+    };
+    // One that was starved of a lent core had the claim of any thread for the last piece.
+    until(Duration::from_secs(20), "a runner is SCHED_IDLE", || {
+        assert_eq!(service.get("/burn?n=5000000").send().status, 200);
+        let tasks = std::fs::read_dir(format!("/proc/{}/task", host.data_pid())).expect("proc(5)");
+        let runners = tasks.flatten().map(|task| task.path()).filter(is_runner);
+        let policies: Vec<_> = runners.filter_map(|task| policy(&task)).collect();
+        let gives_way = policies.iter().any(|policy| policy == "5");
+        holds(gives_way, format!("policies {policies:?}"))
+    });
 }
 
 /// A service that has a volume at `/data`.

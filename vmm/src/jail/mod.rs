@@ -43,7 +43,7 @@ use std::num::NonZeroU32;
 use std::os::fd::RawFd;
 use std::path::PathBuf;
 
-use rustix::thread::UnshareFlags;
+use rustix::thread::{CapabilitySet, UnshareFlags};
 
 pub use panics::say_panics_in_one_line;
 pub use report::{Measure, Missing, Report, Weak};
@@ -80,6 +80,8 @@ pub struct Spec {
     pub identity: Identity,
     /// What to be bounded by.
     pub limits: Limits,
+    /// The capabilities that it keeps of those that it has: none, for a monitor.
+    pub capabilities: CapabilitySet,
     /// The descriptors that stay open.
     pub keep: Vec<RawFd>,
 }
@@ -156,12 +158,12 @@ fn step(
         Measure::UtsNamespace => steps::namespace(alone, UnshareFlags::NEWUTS),
         Measure::CgroupNamespace => steps::namespace(alone, UnshareFlags::NEWCGROUP),
         Measure::ResourceLimits => steps::limits(spec.limits, root_user),
-        Measure::OwnUser if root_user => steps::become_user(spec.identity),
+        Measure::OwnUser if root_user => steps::become_user(spec.identity, spec.capabilities),
         Measure::OwnUser => Err(Missing::Refused {
             call: "setresuid",
             reason: "only root can become another user".to_owned(),
         }),
-        Measure::NoCapabilities => steps::drop_capabilities(),
+        Measure::NoCapabilities => steps::drop_capabilities(spec.capabilities),
         Measure::NoNewPrivileges => steps::no_new_privileges(),
         Measure::NotDumpable => steps::not_dumpable(),
     }

@@ -1,12 +1,13 @@
-//! Where a monitor process is born: as the first process of a pid namespace of its own.
+//! Where a monitor, or the data process, is born: as the first process of a pid namespace of its own.
 //!
 //! A process cannot move itself into another pid namespace, so this is the spawner's part. The
 //! kernel keeps "where my children are born" per thread; a thread made for this one spawn is told
 //! so, spawns, and ends. Nothing happens to the other threads of the host, and no code runs
 //! between fork and exec.
 //!
-//! As process 1 of its namespace the monitor ignores every signal that it has no handler for, but
-//! `SIGKILL` from outside; and whatever it might have forked dies with it.
+//! As process 1 of its namespace it ignores every signal that it has no handler for, but
+//! `SIGKILL` from outside; and whatever it might have forked dies
+//! with it.
 
 use std::io;
 use std::process::{Child, Command};
@@ -38,7 +39,7 @@ pub fn in_pid_namespace(command: &mut Command) -> io::Result<(Child, PidNamespac
     command.env(ONE_MEMORY_NODE.0, ONE_MEMORY_NODE.1);
     thread::scope(|scope| {
         let spawner = thread::Builder::new()
-            .name("spawn-monitor".to_owned())
+            .name("spawn".to_owned())
             .spawn_scoped(scope, || {
                 let namespace = match sys::unshare_pid_for_children() {
                     Ok(()) => PidNamespace::Own,

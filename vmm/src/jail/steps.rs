@@ -132,11 +132,15 @@ pub(super) fn limits(limits: Limits, own_user: bool) -> Result<(), Missing> {
 }
 
 /// Real, effective and saved; groups first, since the user is what permits to change them.
-pub(super) fn become_user(identity: Identity) -> Result<(), Missing> {
+/// Leaves the capabilities that are to be kept permitted, and none effective.
+pub(super) fn become_user(identity: Identity, keep: CapabilitySet) -> Result<(), Missing> {
     let group = Gid::from_raw(identity.group.get());
     let user = Uid::from_raw(identity.user.get());
     rustix::thread::set_thread_groups(&[]).map_err(refused("setgroups"))?;
     rustix::thread::set_thread_res_gid(group, group, group).map_err(refused("setresgid"))?;
+    // The kernel forgets that at the next change of program (`prctl(2)`, PR_SET_KEEPCAPS).
+    rustix::thread::set_keep_capabilities(!keep.is_empty())
+        .map_err(refused("prctl PR_SET_KEEPCAPS"))?;
     rustix::thread::set_thread_res_uid(user, user, user).map_err(refused("setresuid"))?;
     if rustix::thread::set_thread_res_uid(Uid::ROOT, Uid::ROOT, Uid::ROOT).is_ok() {
         return Err(Missing::NotSo("it could become root again"));
@@ -146,16 +150,18 @@ pub(super) fn become_user(identity: Identity) -> Result<(), Missing> {
 
 /// Empties the sets that count; the bounding set only bounds programs that it could execute, which
 /// no new privileges makes moot.
-pub(super) fn drop_capabilities() -> Result<(), Missing> {
-    let none = CapabilitySets {
-        effective: CapabilitySet::empty(),
-        permitted: CapabilitySet::empty(),
+pub(super) fn drop_capabilities(keep: CapabilitySet) -> Result<(), Missing> {
+    let had = rustix::thread::capabilities(None).map_err(refused("capget"))?;
+    let kept = had.permitted & keep;
+    let only = CapabilitySets {
+        effective: kept,
+        permitted: kept,
         inheritable: CapabilitySet::empty(),
     };
     rustix::thread::clear_ambient_capability_set().map_err(refused("prctl PR_CAP_AMBIENT"))?;
-    rustix::thread::set_capabilities(None, none).map_err(refused("capset"))?;
+    rustix::thread::set_capabilities(None, only).map_err(refused("capset"))?;
     let left = rustix::thread::capabilities(None).map_err(refused("capget"))?;
-    if left.effective.is_empty() && left.permitted.is_empty() {
+    if left == only {
         Ok(())
     } else {
         Err(Missing::NotSo("capabilities are left"))

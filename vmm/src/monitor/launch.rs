@@ -11,6 +11,7 @@ use std::process::{Child, Command};
 use rustix::net::{
     AddressFamily, SocketAddrUnix, SocketFlags, SocketType, bind, connect, listen, socket_with,
 };
+use rustix::thread::CapabilitySet;
 use serde::{Deserialize, Serialize};
 
 use crate::jail::spawn::in_pid_namespace;
@@ -65,6 +66,7 @@ impl Orders {
                 file_bytes: self.file_bytes,
                 threads: self.threads,
             },
+            capabilities: CapabilitySet::empty(),
             keep: vec![0, 1, 2],
         }
     }

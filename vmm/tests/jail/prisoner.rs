@@ -14,6 +14,7 @@ use insula_vmm::jail::seccomp::Filters;
 use insula_vmm::jail::syscalls::Kind;
 use insula_vmm::jail::{self, Identity, Limits, Measure, Spec};
 use rustix::process::{Pid, Resource};
+use rustix::thread::CapabilitySet;
 
 pub(crate) const CASE: &str = "INSULA_TEST_CASE";
 pub(crate) const ROOT: &str = "INSULA_TEST_ROOT";
@@ -76,6 +77,7 @@ fn spec() -> Spec {
             file_bytes: 1 << 30,
             threads: 16,
         },
+        capabilities: CapabilitySet::empty(),
         keep: vec![0, 1, 2],
     }
 }
