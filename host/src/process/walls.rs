@@ -21,18 +21,15 @@
 //! A call that is not in the list fails with `EPERM`. It does not kill, as in a machine's jail: a
 //! path in a library that nobody foresaw must not end all tenants' requests.
 
-use std::collections::BTreeMap;
 use std::num::NonZeroU32;
 use std::os::fd::RawFd;
 use std::path::{Path, PathBuf};
 
 use insula_vmm::jail::{self, Identity, Limits, Measure, Spec};
 use rustix::process::{Resource, Signal, getrlimit, set_parent_process_death_signal, setrlimit};
-use seccompiler::{
-    BackendError, BpfProgram, SeccompAction, SeccompCmpArgLen, SeccompCmpOp, SeccompCondition,
-    SeccompFilter, SeccompRule, TargetArch,
-};
 use serde::{Deserialize, Serialize};
+
+use super::filter::{self, ANY, NAMES, Only};
 
 /// A user and a group that nobody else has: above what systems give to people and services, and
 /// not among those of machines.
@@ -141,7 +138,7 @@ pub(super) fn raise(root: &Path) -> Vec<Wall> {
     // already.
     let orphan = set_parent_process_death_signal(Some(Signal::KILL));
     walls.push(Wall::new("killed with control", orphan));
-    walls.push(Wall::new("system calls", filter()));
+    walls.push(Wall::new("system calls", filter::apply(CALLS)));
     walls
 }
 
@@ -157,47 +154,6 @@ fn keep_claim() -> rustix::io::Result<()> {
     setrlimit(Resource::Nice, limit)
 }
 
-fn filter() -> Result<(), String> {
-    let program = compiled().map_err(|error| error.to_string())?;
-    seccompiler::apply_filter(&program).map_err(|error| error.to_string())
-}
-
-fn compiled() -> Result<BpfProgram, BackendError> {
-    let mut rules = BTreeMap::new();
-    for (call, only) in CALLS {
-        let rule = |argument: u8, value: u64| {
-            let is = SeccompCmpOp::Eq;
-            let condition = SeccompCondition::new(argument, SeccompCmpArgLen::Dword, is, value)?;
-            SeccompRule::new(vec![condition])
-        };
-        let alternatives = match only {
-            Only::AnyArguments => Vec::new(),
-            Only::One(argument, values) => values
-                .iter()
-                .map(|value| rule(*argument, *value))
-                .collect::<Result<_, _>>()?,
-            Only::OwnThreads => vec![rule(0, u64::from(std::process::id()))?],
-        };
-        rules.insert(*call, alternatives);
-    }
-    let refused = SeccompAction::Errno(libc::EPERM.unsigned_abs());
-    SeccompFilter::new(rules, refused, SeccompAction::Allow, TargetArch::x86_64)?.try_into()
-}
-
-/// What the arguments of a call must be.
-#[derive(Debug, Clone, Copy)]
-enum Only {
-    AnyArguments,
-    /// This argument is one of these.
-    One(u8, &'static [u64]),
-    /// Argument 0 is this process.
-    OwnThreads,
-}
-
-const ANY: Only = Only::AnyArguments;
-
-/// `linux/prctl.h`: names of threads and of mappings.
-const NAMES: Only = Only::One(0, &[15, 0x5356_4d41]);
 /// `FIONBIO`; `PAGEMAP_SCAN` and `FICLONE` of `linux/fs.h`.
 const IOCTLS: Only = Only::One(1, &[0x5421, 0xc060_6610, 0x4004_9409]);
 /// `AF_UNIX`.
@@ -314,7 +270,7 @@ mod tests {
 
     #[test]
     fn the_filter_compiles() {
-        assert!(compiled().is_ok());
+        assert!(filter::compiled(CALLS).is_ok());
     }
 
     #[test]
