@@ -6,12 +6,11 @@
 
 use std::collections::BTreeMap;
 use std::fs;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use insula_tests::http::Request;
 use insula_tests::load::Load;
-use insula_tests::wait::holds;
-use insula_tests::{Service, TestHost, guests, load, until};
+use insula_tests::{Service, TestHost, guests, load};
 use serde_json::{Value, json};
 
 use crate::{endless, samples};
@@ -20,7 +19,9 @@ const TRIES: u64 = 1_000;
 /// Before the level is taken that must hold: what a try needs is kept for the next.
 const FIRST_TRIES: u64 = 100;
 /// How far above the level before the host's memory may stay.
-const MEMORY_SLACK_BYTES: u64 = 16 << 20;
+const MEMORY_SLACK_MIB: u64 = 16;
+/// So often a thousand, where the level rises by more than that: what is kept once is no leak.
+const ROUNDS_MAX: u32 = 3;
 
 /// Who attacks.
 #[derive(Clone, Copy)]
@@ -68,7 +69,11 @@ impl Case {
     pub(crate) fn request(&self, service: &Service) -> Request {
         match self.body {
             0 => service.get(self.path),
-            length => service.post(self.path, vec![0; length]),
+            // Who does not read it does not keep the connection, and a client may learn that late.
+            length => {
+                let request = service.post(self.path, vec![0; length]);
+                request.header("connection", "close")
+            }
         }
     }
 }
@@ -262,45 +267,36 @@ fn attack(case: &Case) {
     let request = case.request(&service);
     let _ = load::times(FIRST_TRIES, case.at_once, &request);
     let _ = host.when_ended("hostile", FIRST_TRIES);
-    let before = host.rss_bytes();
-    let held_before = Held::of(&host);
+    let mut tried = FIRST_TRIES;
+    let mut before = Held::of(&host);
+    for round in 1.. {
+        let load = load::times(TRIES, case.at_once, &request);
+        look(case, &load);
+        tried += TRIES;
+        let metrics = host.when_ended("hostile", tried);
+        let expected = BTreeMap::from([(case.outcome.to_owned(), tried)]);
+        assert_eq!(metrics.outcomes("hostile"), expected);
+        assert!(
+            metrics.cpu_seconds("hostile") > 0.0,
+            "what ends badly is charged too"
+        );
+        let hostile = [("tenant", "hostile")];
+        assert_eq!(metrics.sum("insula_instances", &hostile), 0.0);
+        assert_eq!(metrics.sum("insula_memory_bytes", &hostile), 0.0);
 
-    let load = load::times(TRIES, case.at_once, &request);
-    look(case, &load);
-    let all = FIRST_TRIES + TRIES;
-    let metrics = host.when_ended("hostile", all);
-    let expected = BTreeMap::from([(case.outcome.to_owned(), all)]);
-    assert_eq!(metrics.outcomes("hostile"), expected);
-    assert!(
-        metrics.cpu_seconds("hostile") > 0.0,
-        "what ends badly is charged too"
-    );
-    assert_eq!(
-        metrics.sum("insula_instances", &[("tenant", "hostile")]),
-        0.0
-    );
-    assert_eq!(
-        metrics.sum("insula_memory_bytes", &[("tenant", "hostile")]),
-        0.0
-    );
-
-    let after = until(Duration::from_secs(20), "the host's memory is back", || {
-        let now = host.rss_bytes();
-        let back = now <= before + MEMORY_SLACK_BYTES;
-        holds(back, format!("{} MiB, {} before", now >> 20, before >> 20)).map(|()| now)
-    });
-    let held = until(Duration::from_secs(20), "nothing else has leaked", || {
-        let held = Held::of(&host);
-        let why = format!("{held:?}, {held_before:?} before");
-        holds(held.is_within(&held_before, case.at_once), why).map(|()| held)
-    });
-    eprintln!("{held_before:?} before, {held:?} after");
-    let (before, after) = (before >> 20, after >> 20);
-    eprintln!(
-        "{}: {before} MiB before, {after} MiB after; {:?}",
-        case.guest.name(),
-        load.quantile(0.5)
-    );
+        let (after, is_within) = Held::settled(&host, &before, case.at_once);
+        eprintln!(
+            "{}: {before:?}, then {after:?}; {:?}",
+            case.guest.name(),
+            load.quantile(0.5)
+        );
+        if is_within {
+            break;
+        }
+        // More of its places were in use at once than before; they are kept, once.
+        assert!(round < ROUNDS_MAX, "it grows with every thousand");
+        before = after;
+    }
     assert_eq!(victim.get("/").send().status, 200);
     let said = host.said();
     assert!(
@@ -309,9 +305,10 @@ fn attack(case: &Case) {
     );
 }
 
-/// What a process can leak besides memory.
-#[derive(Debug)]
+/// What a process can leak.
+#[derive(Debug, Clone, Copy)]
 struct Held {
+    memory_mib: u64,
     files: usize,
     threads: usize,
     mappings: usize,
@@ -320,16 +317,31 @@ struct Held {
 impl Held {
     fn of(host: &TestHost) -> Self {
         Self {
+            memory_mib: host.rss_bytes() >> 20,
             files: host.open_files(),
             threads: host.threads(),
             mappings: host.mappings(),
         }
     }
 
+    /// What is held in the end, and whether that is no more than before.
+    fn settled(host: &TestHost, before: &Self, at_once: usize) -> (Self, bool) {
+        let deadline = Instant::now() + Duration::from_secs(20);
+        loop {
+            let held = Self::of(host);
+            let is_within = held.is_within(before, at_once);
+            if is_within || Instant::now() > deadline {
+                return (held, is_within);
+            }
+            std::thread::sleep(Duration::from_millis(100));
+        }
+    }
+
     /// A thousand tries that each left one would be seen at once. Slots of instances that were
     /// used for the first time, and heaps of threads, account for some mappings.
     fn is_within(&self, before: &Self, at_once: usize) -> bool {
-        self.files <= before.files + 8
+        self.memory_mib <= before.memory_mib + MEMORY_SLACK_MIB
+            && self.files <= before.files + 8
             && self.threads <= before.threads + 2
             && self.mappings <= before.mappings + 200 + 8 * at_once
     }
