@@ -85,7 +85,11 @@ pub(crate) async fn recompilation(control: Rc<Control>, _: Call) -> Answer {
     Ok(Reply::ok(&json!(control.recompilation.get())))
 }
 
-pub(crate) async fn recompile(control: Rc<Control>, _: Call) -> Answer {
+pub(crate) async fn recompile(control: Rc<Control>, call: Call) -> Answer {
+    let actor = call.actor()?;
+    control
+        .change(move |_, _| Ok(((), Some(actor.recompilation()))))
+        .await?;
     Ok(Reply::ok(&json!(recompile::begin(&control).await?)))
 }
 
