@@ -11,6 +11,7 @@
 //! * [`machines`], [`console`]: full guests
 //! * [`resources`], [`logs`], [`top`]: looking and changing
 //! * [`backup`]: saving and restoring
+//! * [`recompile`]: everything compiled for the engine that there is now
 //! * [`doctor`]: what this machine has and lacks
 //! * [`output`]: tables, JSON, errors
 #![forbid(unsafe_code)]
@@ -28,6 +29,7 @@ mod machines;
 mod new;
 mod output;
 mod project;
+mod recompile;
 mod resources;
 mod serve;
 mod tls;
@@ -115,6 +117,7 @@ async fn speak(verb: Verb) -> Result<()> {
         Verb::Usage(args) => resources::usage(args).await,
         Verb::Tokens(verb) => resources::tokens(verb).await,
         Verb::Backup(args) => backup::backup(args).await,
+        Verb::Recompile(args) => recompile::run(args).await,
         Verb::Logs(args) => logs::run(args).await,
         Verb::Top(args) => top::run(args).await,
         Verb::Serve(_)

@@ -77,6 +77,8 @@ impl UrlScheme {
 
 /// Largest component that is accepted: honest ones made from Python or JavaScript are 10–20 MB.
 pub const COMPONENT_MAX: Bytes = Bytes::mib(64);
+/// Largest artefact that a compiler may make.
+pub const ARTEFACT_MAX: Bytes = Bytes::mib(512);
 
 /// The ceiling on one request when the operator sets none.
 pub const DEFAULT_CEILING: RequestLimits = RequestLimits {

@@ -19,7 +19,7 @@ pub(crate) use resources::{
 };
 pub(crate) use work::{
     BackupArgs, BuildArgs, CompileArgs, DataPlaneArgs, DeployArgs, DoctorArgs, NewArgs,
-    RestoreArgs, ServeArgs, Template, UpArgs,
+    RecompileArgs, RestoreArgs, ServeArgs, Template, UpArgs,
 };
 
 /// Many tenants' WebAssembly services on one machine, metered and limited.
@@ -82,6 +82,8 @@ pub(crate) enum Verb {
     Backup(BackupArgs),
     /// Make a data directory from a backup
     Restore(RestoreArgs),
+    /// Compile what has no code for the host's engine, and wait until all has: after an upgrade
+    Recompile(RecompileArgs),
     /// Check this machine, and say how to mend what is missing
     Doctor(DoctorArgs),
     /// Compile one component from stdin to stdout, within limits; the host runs this as a child

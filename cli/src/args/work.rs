@@ -208,6 +208,12 @@ pub(crate) struct BackupArgs {
 }
 
 #[derive(Debug, Args)]
+pub(crate) struct RecompileArgs {
+    #[command(flatten)]
+    pub(crate) connection: Connection,
+}
+
+#[derive(Debug, Args)]
 pub(crate) struct RestoreArgs {
     /// What `insula backup` wrote
     #[arg(value_name = "FILE")]

@@ -118,6 +118,11 @@ impl Actor {
         self.did(None, format!("image {}", image.name), before, after)
     }
 
+    /// Had everything compiled again that needed it.
+    pub(crate) fn recompilation(&self) -> Audit {
+        self.did(None, "host".to_owned(), None, None)
+    }
+
     /// Changed a token.
     pub(crate) fn token(
         &self,

@@ -5,7 +5,7 @@
 //!    → a free compiler thread → child: component on stdin, artefact on stdout → seal → fsync
 //! ```
 //!
-//! The child limits its own memory and CPU; this side limits its time, what it may say, and ends
+//! The child limits its own memory and CPU and shuts itself in; this side limits its time, what it may say, and ends
 //! it when the host stops.
 
 use std::cell::{Cell, RefCell};
@@ -27,6 +27,7 @@ use serde::Deserialize;
 use tokio::sync::Semaphore;
 
 use super::problem::{Code, Problem};
+use crate::config::ARTEFACT_MAX;
 use crate::state::Worker;
 use crate::state::blobs::Unplaced;
 
@@ -38,8 +39,6 @@ pub(crate) const UPLOADS_PER_TENANT_MAX: usize = 4;
 pub(crate) const UPLOADS_MAX: usize = 32;
 /// How much of the child's standard error is kept.
 const STDERR_MAX_BYTES: usize = 64 << 10;
-/// Largest artefact that is taken from the child.
-const ARTEFACT_MAX_BYTES: u64 = 512 << 20;
 /// How much of an artefact is held while it is copied.
 const COPIED_AT_ONCE: usize = 64 << 10;
 /// The child's exit code for a component at fault.
@@ -233,8 +232,11 @@ impl Bench {
     fn compile(&self, mut job: CompileJob) -> Result<Compiled, CompileError> {
         let begun = Instant::now();
         self.run_child(job.component, job.raw.writer()?)?;
-        if job.raw.reader()?.metadata()?.len() > ARTEFACT_MAX_BYTES {
-            let detail = format!("the compiled code is larger than {ARTEFACT_MAX_BYTES} bytes");
+        if job.raw.reader()?.metadata()?.len() > ARTEFACT_MAX.get() {
+            let detail = format!(
+                "the compiled code is larger than {} bytes",
+                ARTEFACT_MAX.get()
+            );
             return Err(CompileError::Limit(detail));
         }
         // Read twice, and never held as a whole: it is as large as its sender wanted it. Were it

@@ -67,7 +67,7 @@ pub(crate) async fn prepare(
     })
 }
 
-async fn has_artefact(control: &Control, digest: Digest) -> Result<bool, Problem> {
+pub(crate) async fn has_artefact(control: &Control, digest: Digest) -> Result<bool, Problem> {
     let found = control
         .files
         .run(move |files| files.find(Kind::Artefact, &digest))

@@ -52,6 +52,7 @@ pub(crate) mod machines;
 mod openapi;
 mod problem;
 mod pump;
+mod recompile;
 mod reconcile;
 mod router;
 mod server;
@@ -120,6 +121,7 @@ pub(crate) struct Control {
     /// Held from the commit of a change until data has applied it.
     pub(crate) mutation: Mutex<()>,
     pub(crate) readiness: Cell<Readiness>,
+    pub(crate) recompilation: Cell<recompile::Progress>,
     pub(crate) streams: Semaphore,
     /// Becomes true when streams have to end.
     pub(crate) stopping: watch::Sender<bool>,

@@ -5,7 +5,8 @@
 //! 3. Every tenant, volume and service is sent to data, with its directory or artefact.
 //! 4. A service whose artefact is missing (another engine or CPU) or refused (damaged) is sent
 //!    without a version; its component is compiled again in the background, and sent again.
-//! 5. Data is told to accept connections; when the last compilation is done, the host is ready.
+//! 5. Data is told to accept connections; when the last compilation is done ([`recompile`]), the host
+//!    is ready.
 //!
 //! For a data plane that was started again it is 3 to 5. Changes go on meanwhile up to their commit,
 //! and are sent when all is told: what was read here before that commit is old, and is put right.
@@ -15,12 +16,11 @@ use std::rc::Rc;
 use insula_types::{Digest, ServiceName, TenantName, Traffic};
 
 use super::api::volumes;
-use super::compile::Ticket;
 use super::deploy::{self, ApplyError};
 use super::http_types::PAGE_MAX;
 use super::link::{Life, LinkError};
 use super::problem::{Code, Problem};
-use super::{Control, Readiness};
+use super::{Control, Readiness, recompile};
 use crate::messages::{Refusal, ToData};
 use crate::state::{Page, Service, Tenant};
 
@@ -109,15 +109,14 @@ async fn tell(control: &Rc<Control>, life: Life) -> Result<(), Problem> {
         services = broken.len(),
         "compiling again what has no usable artefact"
     );
+    // Data does not say which artefact it refused first; all that serve are made again.
+    let jobs = broken
+        .into_iter()
+        .map(|service| (serving(&service), service));
     let background = Rc::clone(control);
+    let compiled = recompile::in_order(control, jobs.collect());
     control.spawn(async move {
-        for service in broken {
-            if let Err(problem) = recompile(&background, &service).await {
-                tracing::error!(
-                    service = %service.id, problem = problem.detail(), "a service is not served"
-                );
-            }
-        }
+        compiled.await;
         if background.readiness.get() == Readiness::Reconciling {
             background.readiness.set(Readiness::Ready);
         }
@@ -207,34 +206,13 @@ async fn tell_service(control: &Control, life: Life, service: &Service) -> Resul
     Ok(control.link.tell(life, intent).await?)
 }
 
-async fn recompile(control: &Rc<Control>, broken: &Service) -> Result<(), Problem> {
-    // Data does not say which artefact it refused first; all that serve are made again.
-    let serving: Vec<Digest> = broken
-        .traffic
-        .shares()
-        .filter(|(_, percent)| *percent > 0)
-        .filter_map(|(number, _)| broken.held(number))
-        .collect();
-    for digest in &serving {
-        let ticket = wait_for_ticket(control, broken).await?;
-        deploy::compile_stored(control, &ticket, *digest).await?;
-    }
-    let _mutation = control.mutation.lock().await;
-    let (tenant, name) = (broken.tenant_name.clone(), broken.name.clone());
-    // It may have another version by now, or be gone.
-    let service = control
-        .store(move |store| store.service(&tenant, &name))
-        .await;
-    match service {
-        Ok(service) => Ok(deploy::apply_service(control, &service).await?),
-        Err(problem) if problem.code() == Code::NotFound => {
-            for digest in serving {
-                control.remove_unreferenced(digest).await;
-            }
-            Ok(())
-        }
-        Err(problem) => Err(problem),
-    }
+/// The components of what serves.
+fn serving(service: &Service) -> Vec<Digest> {
+    let shares = service.traffic.shares();
+    let serve = shares.filter(|(_, percent)| *percent > 0);
+    serve
+        .filter_map(|(number, _)| service.held(number))
+        .collect()
 }
 
 /// Compiles what data could not load any more when a request came.
@@ -245,23 +223,11 @@ pub(super) async fn mend(control: Rc<Control>, tenant: TenantName, name: Service
         let service = control
             .store(move |store| store.service(&asked.0, &asked.1))
             .await?;
-        recompile(&control, &service).await
+        recompile::service(&control, &service, &serving(&service)).await
     };
     if let Err(problem) = mended.await {
         tracing::error!(
             %tenant, service = %name, problem = problem.detail(), "a service is not served"
         );
-    }
-}
-
-/// Uploads that come in meanwhile go first; this waits for a place among them.
-async fn wait_for_ticket(control: &Rc<Control>, service: &Service) -> Result<Ticket, Problem> {
-    loop {
-        match control.compilers.enter(service.tenant) {
-            Err(problem) if matches!(problem.code(), Code::TenantBusy | Code::HostBusy) => {
-                tokio::time::sleep(std::time::Duration::from_millis(200)).await;
-            }
-            result => return result,
-        }
     }
 }

@@ -98,6 +98,11 @@ pub(super) static ROUTES: &[Route] = routes! {
         "This document", [], Nothing => Json("OpenApi");
     GET "/v1/host" Need::Host(Read), "getHost" = host::host,
         "Capacity, commitments, versions", [], Nothing => Json("Host");
+    GET "/v1/recompilation" Need::Host(Read), "getRecompilation" = host::recompilation,
+        "How far the compiling of what had no usable code is", [], Nothing => Json("Recompilation");
+    POST "/v1/recompilation" Need::Host(Write), "startRecompilation" = host::recompile,
+        "Compile what has no code for this engine, unless that goes on already", [],
+        Nothing => Json("Recompilation");
     GET "/v1/tenants" Need::Any(Read), "listTenants" = tenants::index,
         "Tenants by name", ["limit", "continue"], Nothing => List("Tenant");
     GET "/v1/tenants/{tenant}" Need::Tenant(Read), "getTenant" = tenants::get,

@@ -393,6 +393,7 @@ fn open(
         failures: Default::default(),
         in_progress: Default::default(),
         untold: Default::default(),
+        recompilation: Default::default(),
         mutation: Mutex::new(()),
         readiness: std::cell::Cell::new(Readiness::Reconciling),
         streams: Semaphore::new(STREAMS_MAX),

@@ -5,7 +5,7 @@
 //! [`REFUSED`]. Anything else (a signal, another code) means that a limit ended it.
 //!
 //! ```text
-//!  started ─▶ limits itself ─▶ becomes the same program anew ─▶ reads the component ─▶ …
+//!  started ─▶ limits itself ─▶ becomes the same program anew ─▶ shuts itself in ─▶ reads the component ─▶ …
 //!                               │ its allocator meets the limits from its first page on
 //! ```
 //!
@@ -22,7 +22,8 @@ use wasmtime::component::Component;
 
 use super::config::{COMPILE_CPU, COMPILE_DATA, COMPILE_MEMORY, COMPILE_THREADS, Engine};
 use super::scan::{ScanError, scan};
-use crate::config::COMPONENT_MAX;
+use crate::config::{ARTEFACT_MAX, COMPONENT_MAX};
+use crate::process::compiler;
 
 /// The exit code of the child when the component is at fault.
 pub const REFUSED: u8 = 3;
@@ -56,6 +57,9 @@ pub fn compile_child_main() -> ExitCode {
     if !began_limited {
         let error = again();
         return fail(&format!("cannot begin the compiler anew: {error}"));
+    }
+    if let Err(error) = compiler::shut_in(ARTEFACT_MAX.get()) {
+        return fail(&format!("cannot shut the compiler in: {error}"));
     }
     let mut component = Vec::new();
     let input = std::io::stdin().lock();
@@ -128,7 +132,8 @@ fn limit_self() -> rustix::io::Result<()> {
     })
 }
 
-/// Threads of the compiler's user. Counted over all processes of that user, hence generous.
+/// Threads of the compiler's user, where that is control's own. Counted over all processes of that user,
+/// hence generous.
 const PROCESSES_MAX: u64 = 4_096;
 
 fn compile(bytes: &[u8]) -> Result<Vec<u8>, Refusal> {

@@ -16,6 +16,7 @@
 //! * [`child`]: what the process does
 //! * [`inquest`]: what control finds out for it
 //! * [`walls`]: what it gives up before it takes a request
+//! * [`compiler`]: what a compiler child gives up before it reads a component
 //!
 //! **Data dies.** The kernel closes its end of the link. The keeper says [`DataEvent::Down`], buries
 //! the process and starts another with the same listeners, in which clients' connections wait
@@ -41,6 +42,8 @@ use crate::outbound::Network;
 use crate::tls::Pem;
 
 pub mod child;
+pub(crate) mod compiler;
+mod filter;
 mod inquest;
 pub mod keeper;
 pub mod walls;

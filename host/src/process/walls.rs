@@ -22,7 +22,6 @@
 //! A call that is not in the list fails with `EPERM`. It does not kill, as in a machine's jail: a
 //! path in a library that nobody foresaw must not end all tenants' requests.
 
-use std::collections::BTreeMap;
 use std::num::NonZeroU32;
 use std::os::fd::RawFd;
 use std::path::{Path, PathBuf};
@@ -30,12 +29,9 @@ use std::path::{Path, PathBuf};
 use insula_vmm::jail::{self, Identity, Limits, Measure, Spec};
 use rustix::process::{Resource, Signal, getrlimit, set_parent_process_death_signal};
 use rustix::thread::CapabilitySet;
-use seccompiler::{
-    BackendError, BpfProgram, SeccompAction, SeccompCmpArgLen, SeccompCmpOp, SeccompCondition,
-    SeccompFilter, SeccompRule, TargetArch,
-};
 use serde::{Deserialize, Serialize};
 
+use super::filter::{self, ANY, NAMES, Only};
 use crate::pool::clock::claims_can_change;
 
 /// A user and a group that nobody else has: above what systems give to people and services, and
@@ -157,7 +153,7 @@ pub(super) fn raise(root: &Path) -> Vec<Wall> {
     // already.
     let orphan = set_parent_process_death_signal(Some(Signal::KILL));
     walls.push(Wall::new("killed with control", orphan));
-    walls.push(Wall::new("system calls", filter()));
+    walls.push(Wall::new("system calls", filter::apply(CALLS)));
     walls
 }
 
@@ -176,49 +172,8 @@ fn oom_score() -> std::io::Result<()> {
     std::fs::write("/proc/self/oom_score_adj", OOM_SCORE)
 }
 
-fn filter() -> Result<(), String> {
-    let program = compiled().map_err(|error| error.to_string())?;
-    seccompiler::apply_filter(&program).map_err(|error| error.to_string())
-}
-
-fn compiled() -> Result<BpfProgram, BackendError> {
-    let mut rules = BTreeMap::new();
-    for (call, only) in CALLS {
-        let rule = |argument: u8, value: u64| {
-            let is = SeccompCmpOp::Eq;
-            let condition = SeccompCondition::new(argument, SeccompCmpArgLen::Dword, is, value)?;
-            SeccompRule::new(vec![condition])
-        };
-        let alternatives = match only {
-            Only::AnyArguments => Vec::new(),
-            Only::One(argument, values) => values
-                .iter()
-                .map(|value| rule(*argument, *value))
-                .collect::<Result<_, _>>()?,
-            Only::OwnThreads => vec![rule(0, u64::from(std::process::id()))?],
-        };
-        rules.insert(*call, alternatives);
-    }
-    let refused = SeccompAction::Errno(libc::EPERM.unsigned_abs());
-    SeccompFilter::new(rules, refused, SeccompAction::Allow, TargetArch::x86_64)?.try_into()
-}
-
-/// What the arguments of a call must be.
-#[derive(Debug, Clone, Copy)]
-enum Only {
-    AnyArguments,
-    /// This argument is one of these.
-    One(u8, &'static [u64]),
-    /// Argument 0 is this process.
-    OwnThreads,
-}
-
-const ANY: Only = Only::AnyArguments;
-
 /// `linux/sched.h`: `SCHED_OTHER`, `SCHED_IDLE`.
 const CLAIMS: Only = Only::One(1, &[0, 5]);
-/// `linux/prctl.h`: names of threads and of mappings.
-const NAMES: Only = Only::One(0, &[15, 0x5356_4d41]);
 /// `FIONBIO`; `PAGEMAP_SCAN` and `FICLONE` of `linux/fs.h`.
 const IOCTLS: Only = Only::One(1, &[0x5421, 0xc060_6610, 0x4004_9409]);
 /// `AF_UNIX`.
@@ -335,7 +290,7 @@ mod tests {
 
     #[test]
     fn the_filter_compiles() {
-        assert!(compiled().is_ok());
+        assert!(filter::compiled(CALLS).is_ok());
     }
 
     #[test]

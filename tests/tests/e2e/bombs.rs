@@ -9,7 +9,8 @@ use std::fs;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
-use insula_tests::{Service, TestHost};
+use insula_tests::wait::holds;
+use insula_tests::{Service, TestHost, until};
 
 use crate::handmade::{self, leb, module, section, vector};
 
@@ -372,10 +373,15 @@ fn children_of(pid: u32) -> Vec<u32> {
     numbers.filter_map(Result::ok).collect()
 }
 
+/// The first word of a field of `/proc/PID/status`.
+fn status_word(pid: u32, field: &str) -> Option<String> {
+    let status = fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
+    let line = status.lines().find_map(|line| line.strip_prefix(field))?;
+    line.split_whitespace().next().map(str::to_owned)
+}
+
 fn status_kib(pid: u32, field: &str) -> u64 {
-    let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
-    let line = status.lines().find_map(|line| line.strip_prefix(field));
-    let number = line.and_then(|rest| rest.split_whitespace().next()?.parse().ok());
+    let number = status_word(pid, field).and_then(|word| word.parse().ok());
     number.unwrap_or(0)
 }
 
@@ -473,4 +479,59 @@ fn an_upload_that_is_packed_a_thousandfold_is_refused_unread() {
     let answer = upload.header("content-encoding", "gzip").send();
     let told = (answer.status, answer.problem());
     assert_eq!(told, (415, "unsupported_media_type".to_owned()));
+}
+
+/// A compiler that has shut itself in, and reads or compiles.
+fn compiler_of([control, data]: [u32; 2]) -> u32 {
+    until(Duration::from_secs(10), "a compiler reads", || {
+        let mut children = children_of(control).into_iter();
+        let filtered = |pid: &u32| status_word(*pid, "Seccomp:").as_deref() == Some("2");
+        let compiler = children.find(|pid| *pid != data && filtered(pid));
+        compiler.ok_or_else(|| "none".to_owned())
+    })
+}
+
+#[test]
+fn a_compiler_is_shut_in() {
+    let host = TestHost::start();
+    let service = host.tenant("left").create().service("bad").create();
+    let path = format!("{}/versions", service.path());
+    let (_, bytes) = endless_bombs().remove(0);
+    std::thread::scope(|scope| {
+        let upload = host.admin().upload(&path, bytes).patience(PATIENCE);
+        let uploading = scope.spawn(|| upload.send());
+        let compiler = compiler_of(host.pids());
+        let word = |field| status_word(compiler, field).expect("it compiles");
+        assert_eq!(word("NoNewPrivs:"), "1");
+        // Without root it has the user of control, who may look at nothing of it.
+        if status_word(host.pid(), "Uid:").as_deref() == Some("0") {
+            assert_ne!(word("Uid:"), "0");
+            assert_ne!(word("Gid:"), "0");
+            assert_eq!(word("CapEff:"), "0000000000000000");
+            let open = fs::read_dir(format!("/proc/{compiler}/fd")).expect("proc(5)");
+            assert_eq!(open.count(), 3, "input, output, errors");
+        } else {
+            eprintln!("skipped: an own user, since this is not root");
+        }
+        assert_eq!(uploading.join().expect("an upload").status, 422);
+    });
+}
+
+#[test]
+fn a_compiler_ends_with_its_host() {
+    let host = TestHost::start();
+    let service = host.tenant("left").create().service("bad").create();
+    let path = format!("{}/versions", service.path());
+    let (_, bytes) = endless_bombs().remove(0);
+    std::thread::scope(|scope| {
+        let upload = host.admin().upload(&path, bytes).patience(PATIENCE);
+        let uploading = scope.spawn(|| upload.try_send());
+        let compiler = compiler_of(host.pids());
+        host.kill();
+        until(Duration::from_secs(2), "the compiler is gone", || {
+            let state = status_word(compiler, "State:");
+            holds(state.is_none_or(|state| state == "Z"), "it runs")
+        });
+        assert!(uploading.join().expect("an upload").is_err());
+    });
 }

@@ -245,6 +245,53 @@ fn the_verbs_do_what_the_api_does() {
 }
 
 #[test]
+fn recompile_waits_until_everything_is_compiled() {
+    let host = TestHost::start();
+    let tenant = host.tenant("a").create();
+    let hello = tenant.deploy("hello");
+    let dark = format!("{}/versions?activate=false", hello.path());
+    let upload = host.admin().upload(&dark, guests::bytes("echo")).send();
+    assert_eq!(upload.status, 201, "{}", upload.text());
+    let markdown = tenant.deploy("markdown");
+    let told = |words: &str| assert_eq!(done(&host, &["recompile"]).trim(), words);
+    let engine = host.admin().get("/v1/host")["wasmtime"].clone();
+    let engine = engine.as_str().expect("a version");
+    told(&format!("everything is compiled for wasmtime {engine}"));
+    // As after an upgrade to another engine: what was compiled is of no use any more.
+    host.kill();
+    let compiled = host.files("artefacts");
+    assert_eq!(compiled.len(), 3);
+    for artefact in &compiled {
+        fs::remove_file(artefact).expect("an artefact");
+    }
+    host.start_again();
+    told(&format!("everything is compiled for wasmtime {engine}"));
+    assert_eq!(
+        host.files("artefacts"),
+        compiled,
+        "those that serve, and the dark one"
+    );
+    assert_eq!(hello.get("/").send().status, 200);
+    assert_eq!(markdown.post("/", "# a").send().status, 200);
+    assert_eq!(host.admin().get("/v1/recompilation")["failed"], 0);
+    // A component that cannot be compiled any more is not passed over.
+    host.kill();
+    for artefact in &compiled {
+        fs::remove_file(artefact).expect("an artefact");
+    }
+    for blob in host.files("blobs") {
+        fs::write(blob, "no component").expect("a file");
+    }
+    host.start_again();
+    let (code, words) = failed(&host, &["recompile"]);
+    assert_eq!(code, Some(1));
+    assert!(
+        words.contains("of 2 services could not be compiled"),
+        "{words}"
+    );
+}
+
+#[test]
 fn exit_codes_tell_bad_usage_from_a_refusal() {
     let host = TestHost::start();
     for usage in [

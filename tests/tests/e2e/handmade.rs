@@ -7,7 +7,7 @@ const TYPES: &str = r#"
   (import "wasi:http/types@0.2.0" (instance $types
     (export "fields" (type $fields (sub resource)))
     (export "outgoing-response" (type $response (sub resource)))
-    (export "incoming-request" (type (sub resource)))
+    (export "incoming-request" (type $asking (sub resource)))
     (export "response-outparam" (type $outparam (sub resource)))
     (type $dns' (record (field "rcode" (option string)) (field "info-code" (option u16))))
     (export "DNS-error-payload" (type $dns (eq $dns')))
@@ -56,6 +56,8 @@ const TYPES: &str = r#"
       (case "configuration-error")
       (case "internal-error" (option string))))
     (export "error-code" (type $error (eq $error')))
+    (export "[method]incoming-request.path-with-query"
+      (func (param "self" (borrow $asking)) (result (option string))))
     (export "[constructor]fields" (func (result (own $fields))))
     (export "[constructor]outgoing-response"
       (func (param "headers" (own $fields)) (result (own $response))))
@@ -66,13 +68,50 @@ const TYPES: &str = r#"
         (param "response" (result (own $response) (error $error)))))))
 "#;
 
-/// A component whose answer to every request is a status without a body. `parts` is the inside of
-/// a core module, with a function `$status` of no parameters that gives the status; the module has
-/// a memory `$memory` of as many pages as are asked for.
-pub(crate) fn answering(pages: u32, parts: &str) -> Vec<u8> {
+/// What a component that answers with a status is made of, beside what all of them are.
+#[derive(Default)]
+pub(crate) struct Parts<'a> {
+    /// The inside of a core module, with a function `$status` of no parameters that gives the status;
+    /// the module has a memory `$memory`.
+    pub(crate) main: &'a str,
+    /// Pages of that memory.
+    pub(crate) pages: u32,
+    /// The inside of the core module that holds the memory.
+    pub(crate) room: &'a str,
+    /// Definitions of the component, before that of the core module.
+    pub(crate) before: &'a str,
+    /// What the core module imports, beside what it needs to answer.
+    pub(crate) imports: &'a str,
+    /// What the core module is instantiated with, beside what it needs to answer.
+    pub(crate) with: &'a str,
+    /// Options of lifting the handler.
+    pub(crate) lifted: &'a str,
+}
+
+/// A component whose answer to every request is a status without a body, made of `parts` and a memory
+/// of so many pages.
+pub(crate) fn answering(pages: u32, main: &str) -> Vec<u8> {
+    component(&Parts {
+        main,
+        pages,
+        ..Parts::default()
+    })
+}
+
+/// A component whose answer to every request is a status without a body.
+pub(crate) fn component(parts: &Parts<'_>) -> Vec<u8> {
+    let Parts {
+        main,
+        pages,
+        room,
+        before,
+        imports,
+        with,
+        lifted,
+    } = parts;
     let text = format!(
         r#"(component {TYPES}
-  (core module $room (memory (export "memory") {pages}))
+  (core module $room (memory (export "memory") {pages}) {room})
   (core instance $room (instantiate $room))
   (core func $fields (canon lower (func $types "[constructor]fields")))
   (core func $response (canon lower (func $types "[constructor]outgoing-response")))
@@ -80,22 +119,27 @@ pub(crate) fn answering(pages: u32, parts: &str) -> Vec<u8> {
     (canon lower (func $types "[method]outgoing-response.set-status-code")))
   (core func $set
     (canon lower (func $types "[static]response-outparam.set") (memory $room "memory")))
+  {before}
   (core module $main
     (import "room" "memory" (memory $memory {pages}))
     (import "http" "fields" (func $fields (result i32)))
     (import "http" "response" (func $response (param i32) (result i32)))
     (import "http" "set-status" (func $set-status (param i32 i32) (result i32)))
     (import "http" "set" (func $set (param i32 i32 i32 i32 i64 i32 i32 i32 i32)))
-    {parts}
+    {imports}
+    {main}
     (func (export "handle") (param $request i32) (param $out i32)
       (local $answer i32)
+      (global.set $asked (local.get $request))
       (local.set $answer (call $response (call $fields)))
       (drop (call $set-status (local.get $answer) (call $status)))
       (call $set (local.get $out) (i32.const 0) (local.get $answer)
         (i32.const 0) (i64.const 0)
-        (i32.const 0) (i32.const 0) (i32.const 0) (i32.const 0))))
+        (i32.const 0) (i32.const 0) (i32.const 0) (i32.const 0)))
+    (global $asked (mut i32) (i32.const 0)))
   (core instance $main (instantiate $main
     (with "room" (instance $room))
+    {with}
     (with "http" (instance
       (export "fields" (func $fields))
       (export "response" (func $response))
@@ -104,7 +148,7 @@ pub(crate) fn answering(pages: u32, parts: &str) -> Vec<u8> {
   (alias export $types "incoming-request" (type $request))
   (alias export $types "response-outparam" (type $outparam))
   (type $handle (func (param "request" (own $request)) (param "response-out" (own $outparam))))
-  (func $handle (type $handle) (canon lift (core func $main "handle")))
+  (func $handle (type $handle) (canon lift (core func $main "handle") {lifted}))
   (instance $handler (export "handle" (func $handle)))
   (export "wasi:http/incoming-handler@0.2.0" (instance $handler)))"#
     );

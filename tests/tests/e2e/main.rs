@@ -10,6 +10,7 @@ mod cli;
 mod cold;
 mod curl;
 mod durable;
+mod endless;
 mod faults;
 mod floods;
 mod fuel;

@@ -93,6 +93,8 @@ const TABLE: &[(&str, Body, Rule)] = &[
     ("getMetrics", Body::Nothing, rules::ALL),
     ("getOpenapi", Body::Nothing, rules::ANY_READ),
     ("getHost", Body::Nothing, rules::HOST_READ),
+    ("getRecompilation", Body::Nothing, rules::HOST_READ),
+    ("startRecompilation", Body::Nothing, rules::HOST_WRITE),
     ("listTenants", Body::Nothing, rules::ANY_READ),
     ("getTenant", Body::Nothing, rules::OWN_READ),
     ("putTenant", Body::Json("{}"), rules::ON_TENANT),

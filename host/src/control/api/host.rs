@@ -7,7 +7,7 @@ use serde_json::json;
 
 use crate::control::http_types::{Call, Reply};
 use crate::control::problem::{Answer, Code, Problem};
-use crate::control::{Control, Readiness, ceiling, exposition, openapi};
+use crate::control::{Control, Readiness, ceiling, exposition, openapi, recompile};
 
 /// The commit that this program was built from, where the build said so.
 const COMMIT: &str = match option_env!("INSULA_COMMIT") {
@@ -79,6 +79,18 @@ pub(crate) async fn host(control: Rc<Control>, _: Call) -> Answer {
         "services": commitments.services,
         "ceiling": ceiling(&config.ceiling),
     })))
+}
+
+pub(crate) async fn recompilation(control: Rc<Control>, _: Call) -> Answer {
+    Ok(Reply::ok(&json!(control.recompilation.get())))
+}
+
+pub(crate) async fn recompile(control: Rc<Control>, call: Call) -> Answer {
+    let actor = call.actor()?;
+    control
+        .change(move |_, _| Ok(((), Some(actor.recompilation()))))
+        .await?;
+    Ok(Reply::ok(&json!(recompile::begin(&control).await?)))
 }
 
 /// Control's families, then data's.

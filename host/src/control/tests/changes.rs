@@ -53,6 +53,7 @@ fn every_route_that_changes_something_is_audited() {
     rig.delete("/v1/tenants/acme").refused(409, "has_machines");
     rig.delete(machine).expect(204);
     rig.delete("/v1/images/kernel").expect(204);
+    rig.post("/v1/recompilation", "").expect(200);
     let volumes = "/v1/tenants/acme/volumes";
     rig.put(&format!("{volumes}/data"), "{}").expect(201);
     for (copy, what) in [("still", "snapshot"), ("twin", "clone")] {
