@@ -7,7 +7,7 @@ use insula_types::ImageName;
 use serde_json::{Value, json};
 
 use crate::args::{
-    ImagesVerb, Look, MachinePatch, MachineRef, MachinesVerb, NetArg, OneMachine, PortArg,
+    ImagesVerb, LimitArg, Look, MachinePatch, MachineRef, MachinesVerb, NetArg, OneMachine, PortArg,
 };
 use crate::client::Client;
 use crate::output::{self, Field, Kind};
@@ -131,7 +131,6 @@ async fn act(machine: &MachineRef, verb: &str, look: &Look) -> Result<()> {
 
 impl MachinePatch {
     fn apply(&self, mut spec: Value) -> Result<Value> {
-        let connected = !spec["net"].is_null();
         let mut set = |key: &str, canonical: &str, value: Option<Value>| {
             if let (Some(value), Some(object)) = (value, spec.as_object_mut()) {
                 object.remove(canonical);
@@ -151,21 +150,15 @@ impl MachinePatch {
         });
         let disks: Vec<Value> = disks.collect();
         set("disks", "disks", (!disks.is_empty()).then(|| disks.into()));
-        let ports: Vec<_> = self.ports.iter().map(|PortArg(port)| port).collect();
-        match self.net {
-            Some(NetArg::Off) if ports.is_empty() => set("net", "net", Some(Value::Null)),
-            Some(NetArg::Off) => {
-                let why = "a port leads nowhere with --net off";
-                return Err(UsageError(why.to_owned()).into());
+        if let Some(LimitArg(limits)) = self.disk_limit {
+            let disks = spec["disks"].as_array_mut();
+            let disks = disks.filter(|disks| !disks.is_empty());
+            let disks = disks.ok_or_else(|| usage("there is no disk to limit: see --disk"))?;
+            for disk in disks {
+                disk["limits"] = json!(limits);
             }
-            None if ports.is_empty() => {}
-            Some(NetArg::On) if ports.is_empty() => {
-                if !connected {
-                    set("net", "net", Some(json!({})));
-                }
-            }
-            _ => set("net", "net", Some(json!({"ports": ports}))),
         }
+        self.apply_network(&mut spec)?;
         if let Some(shares) = self.cpu_shares {
             spec["cpu"]["shares"] = json!(shares);
         }
@@ -173,11 +166,39 @@ impl MachinePatch {
             spec["cpu"]["limit_millicores"] = json!(limit.get());
         }
         if spec["kernel"].is_null() {
-            let why = "a machine boots a kernel: say which image with --kernel";
-            return Err(UsageError(why.to_owned()).into());
+            return Err(usage(
+                "a machine boots a kernel: say which image with --kernel",
+            ));
         }
         Ok(spec)
     }
+
+    fn apply_network(&self, spec: &mut Value) -> Result<()> {
+        let ports: Vec<_> = self.ports.iter().map(|PortArg(port)| port).collect();
+        let wanted = !ports.is_empty() || self.net_limit.is_some();
+        match self.net {
+            Some(NetArg::Off) if wanted => {
+                return Err(usage(
+                    "ports and limits are of a network: not with --net off",
+                ));
+            }
+            Some(NetArg::Off) => spec["net"] = Value::Null,
+            Some(NetArg::On) if spec["net"].is_null() => spec["net"] = json!({}),
+            None if wanted && spec["net"].is_null() => spec["net"] = json!({}),
+            _ => {}
+        }
+        if !ports.is_empty() {
+            spec["net"]["ports"] = json!(ports);
+        }
+        if let Some(LimitArg(limits)) = self.net_limit {
+            spec["net"]["limits"] = json!(limits);
+        }
+        Ok(())
+    }
+}
+
+fn usage(why: &str) -> anyhow::Error {
+    UsageError(why.to_owned()).into()
 }
 
 pub(crate) async fn images(verb: ImagesVerb) -> Result<()> {
@@ -213,6 +234,8 @@ mod tests {
             memory: Some(insula_types::Bytes::mib(512)),
             net: None,
             ports: vec!["20022:22".parse().unwrap()],
+            disk_limit: Some("10MB,200".parse().unwrap()),
+            net_limit: Some("5MB".parse().unwrap()),
             cpu_shares: None,
             cpu_limit: Some("1500m".parse().unwrap()),
         }
@@ -224,7 +247,13 @@ mod tests {
         let spec: insula_types::MachineSpec = serde_json::from_value(spec).unwrap();
         assert_eq!((spec.vcpus, spec.memory.get()), (2, 512 << 20));
         assert_eq!(spec.disks.len(), 1);
-        assert_eq!(spec.net.unwrap().ports.len(), 1);
+        let limits = spec.disks[0].limits.unwrap();
+        let bytes = limits.bytes_per_second.map(insula_types::Bytes::get);
+        let operations = limits.operations_per_second.map(u64::from);
+        assert_eq!((bytes, operations), (Some(10_000_000), Some(200)));
+        let net = spec.net.unwrap();
+        assert_eq!(net.ports.len(), 1);
+        assert_eq!(net.limits.unwrap().operations_per_second, None);
         assert_eq!(spec.cpu.limit.map(|limit| limit.get()), Some(1_500));
     }
 
@@ -238,6 +267,8 @@ mod tests {
             disks: Vec::new(),
             net: Some(NetArg::On),
             ports: Vec::new(),
+            disk_limit: None,
+            net_limit: None,
             vcpus: None,
             memory: Some(insula_types::Bytes::mib(64)),
             cpu_limit: None,
@@ -251,6 +282,7 @@ mod tests {
         let off = MachinePatch {
             net: Some(NetArg::Off),
             ports: Vec::new(),
+            net_limit: None,
             ..patch()
         };
         let changed = off.apply(serde_json::to_value(&changed).unwrap()).unwrap();

@@ -1,7 +1,7 @@
 //! What a caller asks of a machine: processors, memory, what it boots, its disks.
 
 use std::collections::BTreeSet;
-use std::num::NonZeroU16;
+use std::num::{NonZeroU16, NonZeroU64};
 
 use serde::{Deserialize, Serialize};
 
@@ -35,6 +35,28 @@ pub enum DiskMode {
     Rw,
 }
 
+/// How much a disk may read and write, or a network receive and, apart from that, send: in the long
+/// run, and a second's worth at once after a rest.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Throughput {
+    /// Bytes of what is read, written, received or sent, in a second.
+    #[serde(default)]
+    pub bytes_per_second: Option<Bytes>,
+    /// Requests or packets in a second.
+    #[serde(default)]
+    pub operations_per_second: Option<NonZeroU64>,
+}
+
+impl Throughput {
+    fn check(self, path: &str, errors: &mut SpecErrors) {
+        if self.bytes_per_second.is_some_and(|bytes| bytes.get() == 0) {
+            let path = format!("{path}.bytes_per_second");
+            errors.push(&path, "is more than nothing");
+        }
+    }
+}
+
 /// One disk.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct MachineDisk {
@@ -45,6 +67,8 @@ pub struct MachineDisk {
     /// Its size, where that is to be more than the image's.
     #[serde(rename = "size_bytes")]
     pub size: Option<Bytes>,
+    /// Its limits; none when left out.
+    pub limits: Option<Throughput>,
 }
 
 /// What a forwarded port speaks.
@@ -89,12 +113,18 @@ pub struct MachineNet {
     /// Ports that lead in.
     #[serde(default)]
     pub ports: Vec<PortForward>,
+    /// Its limits, each way; none when left out.
+    #[serde(default)]
+    pub limits: Option<Throughput>,
 }
 
 impl MachineNet {
     fn check(&self, errors: &mut SpecErrors) {
         if self.ports.len() > PORTS_MAX {
             errors.push("net.ports", format_args!("are at most {PORTS_MAX}"));
+        }
+        if let Some(limits) = self.limits {
+            limits.check("net.limits", errors);
         }
         let mut seen = BTreeSet::new();
         for (number, port) in self.ports.iter().enumerate() {
@@ -136,6 +166,7 @@ struct RawDisk {
     mode: Option<DiskMode>,
     #[serde(alias = "size_bytes")]
     size: Option<Bytes>,
+    limits: Option<Throughput>,
 }
 
 #[derive(Deserialize)]
@@ -193,10 +224,14 @@ impl TryFrom<RawMachineSpec> for MachineSpec {
                 let path = format!("disks[{number}].size");
                 errors.push(&path, "a disk that is only read is as large as its image");
             }
+            if let Some(limits) = disk.limits {
+                limits.check(&format!("disks[{number}].limits"), &mut errors);
+            }
             disks.push(MachineDisk {
                 image: disk.image,
                 mode,
                 size: disk.size,
+                limits: disk.limits,
             });
         }
         let cpu = raw.cpu.check(&mut errors);
@@ -231,6 +266,31 @@ mod tests {
         assert_eq!(spec.cmdline, COMMAND_LINE);
         assert!(spec.disks.is_empty() && spec.initrd.is_none());
         assert_eq!(spec.net, None);
+    }
+
+    #[test]
+    fn limits_are_more_than_nothing() {
+        let with = |disk: &str, net: &str| {
+            parse(&format!(
+                r#"{{"kernel":"debian","disks":[{{"image":"root","limits":{disk}}}],
+                "net":{{"limits":{net}}}}}"#
+            ))
+        };
+        let bytes = r#"{"bytes_per_second":"10MB"}"#;
+        let spec = with(bytes, r#"{"operations_per_second":7}"#).expect("limits");
+        let disk = spec.disks[0].limits.expect("one");
+        assert_eq!(disk.bytes_per_second.map(Bytes::get), Some(10_000_000));
+        let net = spec.net.and_then(|net| net.limits).expect("one");
+        assert_eq!(net.operations_per_second.map(NonZeroU64::get), Some(7));
+        assert_eq!(with("null", "null").expect("none").disks[0].limits, None);
+        let none = r#"{"bytes_per_second":0}"#;
+        let refused = with(none, none)
+            .expect_err("a disk that never moves")
+            .to_string();
+        for path in ["disks[0].limits.bytes", "net.limits.bytes"] {
+            assert!(refused.contains(path), "{refused}");
+        }
+        with(r#"{"operations_per_second":0}"#, "null").expect_err("the same");
     }
 
     #[test]

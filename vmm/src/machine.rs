@@ -27,17 +27,17 @@ use kvm_bindings::kvm_clock_data;
 use serde::{Deserialize, Serialize};
 use vm_memory::{GuestMemoryBackend as _, GuestMemoryRegion};
 
-use assembly::{Parts, check, processors, start_devices};
+use assembly::{Parts, check, make, start_devices};
 
-use crate::acpi::{self, AcpiError};
-use crate::boot::{self, BootError};
+use crate::acpi::AcpiError;
+use crate::boot::BootError;
 use crate::config::{Console, MachineConfig, VcpuCount};
 use crate::devices::watchdog::WatchdogSaved;
 use crate::devices::{ConsoleCounts, Devices, GenerationError, GenerationId};
 use crate::exit::{Ending, ExitReason};
 use crate::kvm::{Hypervisor, KvmError, VirtualMachine, failed};
 use crate::layout;
-use crate::memory::{self, GuestMemory, MemoryError, MemorySize};
+use crate::memory::{GuestMemory, MemoryError, MemorySize};
 use crate::snapshot::{self, MachineState, MsrList, Snapshot, VmState};
 use crate::threads::Threads;
 use crate::vcpu::{ExitCounts, Vcpu, VcpuError};
@@ -109,6 +109,9 @@ pub enum BuildError {
     /// A thread for the watchdog.
     #[error("starting the watchdog: {0}")]
     Watchdog(io::Error),
+    /// Any thread, or what is to run first on it.
+    #[error("starting the machine's threads: {0}")]
+    Threads(io::Error),
 }
 
 /// Why a machine does not pause or resume.
@@ -207,15 +210,10 @@ impl Machine {
             devices,
         } = config;
         check(hypervisor, vcpus, devices.len())?;
-        let vm = VirtualMachine::new(hypervisor, memory::create(size)?)?;
-        let entry = boot::load(vm.memory(), size, &mut source)?;
-        boot::write_tables(vm.memory())?;
-        boot::write_reset_vector(vm.memory())?;
-        acpi::write(vm.memory(), vcpus, devices.len())?;
+        let (vm, processors, devices) =
+            make(hypervisor, vcpus, size, &mut source, devices, threads)?;
         let generation = GenerationId::new(vm.line(layout::EVENT_GSI)?);
         generation.set(vm.memory())?;
-        let processors = processors(hypervisor, &vm, vcpus, entry)?;
-        let devices = start_devices(&vm, devices, threads)?;
         let parts = Parts {
             vm,
             processors,
@@ -261,6 +259,7 @@ impl Machine {
         }
         let clock = state.vm.restore(vm.fd())?;
         let mut devices = start_devices(&vm, devices, threads)?;
+        threads.ready().map_err(BuildError::Threads)?;
         // After the interrupt controllers: a device that goes live may interrupt at once.
         for (device, saved) in devices.iter_mut().zip(&state.devices) {
             let name = device.kind().name();

@@ -1,10 +1,11 @@
 //! How the monitor starts its threads: each has a kind, and a hook that runs first on it, where
-//! the jail puts the kind's system call filter.
+//! the jail puts the kind's system call filter. Hooks take a while, so that nobody waits for one
+//! before the next thread is started: whoever lets the guest run waits for all of them.
 
 use std::fmt;
 use std::io;
-use std::sync::Arc;
-use std::sync::mpsc::sync_channel;
+use std::sync::mpsc::{Receiver, sync_channel};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::{self, JoinHandle};
 
 use crate::virtio::DeviceKind;
@@ -37,6 +38,13 @@ impl fmt::Display for ThreadKind {
 /// large page.
 const STACK_BYTES: usize = 256 << 10;
 
+/// A thread of this process, before it is started.
+pub(crate) fn named(name: impl ToString) -> thread::Builder {
+    thread::Builder::new()
+        .name(name.to_string())
+        .stack_size(STACK_BYTES)
+}
+
 /// Runs first on each new thread.
 type Hook = dyn Fn(ThreadKind) -> io::Result<()> + Send + Sync;
 
@@ -44,6 +52,8 @@ type Hook = dyn Fn(ThreadKind) -> io::Result<()> + Send + Sync;
 #[derive(Clone)]
 pub struct Threads {
     hook: Arc<Hook>,
+    /// What came of hooks that nobody has asked for yet.
+    hooked: Arc<Mutex<Vec<Receiver<io::Result<()>>>>>,
 }
 
 impl fmt::Debug for Threads {
@@ -64,13 +74,14 @@ impl Threads {
     pub fn new(hook: impl Fn(ThreadKind) -> io::Result<()> + Send + Sync + 'static) -> Self {
         Self {
             hook: Arc::new(hook),
+            hooked: Arc::default(),
         }
     }
 
-    /// Starts a thread, and waits until its hook has run.
+    /// Starts a thread. If its hook fails, `body` never runs, and [`ready`](Self::ready) says so.
     ///
     /// # Errors
-    /// No thread is to be had, or the hook failed; `body` has not run then.
+    /// No thread is to be had.
     pub fn spawn<T: Send + 'static>(
         &self,
         kind: ThreadKind,
@@ -78,22 +89,36 @@ impl Threads {
     ) -> io::Result<JoinHandle<Option<T>>> {
         let hook = Arc::clone(&self.hook);
         let (tell, hooked) = sync_channel(1);
-        let thread = thread::Builder::new()
-            .name(kind.to_string())
-            .stack_size(STACK_BYTES)
-            .spawn(move || {
-                let outcome = hook(kind);
-                drop(hook);
-                let ready = outcome.is_ok();
-                // Nobody listens only where `spawn` itself is gone.
-                let _ = tell.send(outcome);
-                ready.then(body)
-            })?;
-        match hooked.recv() {
-            Ok(Ok(())) => Ok(thread),
-            Ok(Err(error)) => Err(error),
-            Err(_) => Err(io::Error::other("the thread's hook panicked")),
+        let thread = named(kind).spawn(move || {
+            let outcome = hook(kind);
+            drop(hook);
+            let ready = outcome.is_ok();
+            // Nobody listens where the machine is not to be after all.
+            let _ = tell.send(outcome);
+            ready.then(body)
+        })?;
+        self.lock().push(hooked);
+        Ok(thread)
+    }
+
+    /// Waits until the hooks of all threads that were started have run.
+    ///
+    /// # Errors
+    /// One of them failed.
+    pub fn ready(&self) -> io::Result<()> {
+        let hooked = std::mem::take(&mut *self.lock());
+        for hooked in hooked {
+            match hooked.recv() {
+                Ok(outcome) => outcome?,
+                Err(_) => return Err(io::Error::other("a thread's hook panicked")),
+            }
         }
+        Ok(())
+    }
+
+    fn lock(&self) -> std::sync::MutexGuard<'_, Vec<Receiver<io::Result<()>>>> {
+        // Nothing that holds it panics half way.
+        self.hooked.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -110,12 +135,39 @@ mod tests {
                 Ok(())
             }
         });
-        let refused = threads.spawn(ThreadKind::Vcpu(0), || unreachable!("the hook failed"));
-        assert_eq!(
-            refused.expect_err("the hook failed").kind(),
-            io::ErrorKind::PermissionDenied
-        );
-        let thread = threads.spawn(ThreadKind::Vcpu(1), || 7).expect("a thread");
-        assert_eq!(thread.join().expect("no panic"), Some(7));
+        let spawn = |number, body: fn() -> u8| {
+            let thread = threads.spawn(ThreadKind::Vcpu(number), body);
+            thread.expect("a thread").join().expect("no panic")
+        };
+        assert_eq!(spawn(1, || 7), Some(7));
+        threads.ready().expect("its hook was content");
+        assert_eq!(spawn(0, || unreachable!("the hook failed")), None);
+        assert_eq!(spawn(1, || 7), Some(7));
+        let refused = threads.ready().expect_err("the hook failed");
+        assert_eq!(refused.kind(), io::ErrorKind::PermissionDenied);
+        threads.ready().expect("that has been said");
+    }
+
+    #[test]
+    fn ready_waits_for_hooks_that_take_long() {
+        let (go, gone) = sync_channel::<()>(0);
+        let gone = Mutex::new(gone);
+        let threads = Threads::new(move |_| {
+            let gone = gone.lock().expect("no panic");
+            gone.recv().map_err(io::Error::other)
+        });
+        let (ran, has_run) = sync_channel(1);
+        let thread = threads.spawn(ThreadKind::Console, move || ran.send(()));
+        let thread = thread.expect("a thread");
+        let waiting = thread::spawn(move || threads.ready());
+        assert!(has_run.try_recv().is_err(), "its hook has not run");
+        assert!(!waiting.is_finished());
+        go.send(()).expect("the hook waits");
+        waiting
+            .join()
+            .expect("no panic")
+            .expect("its hook is content");
+        thread.join().expect("no panic");
+        has_run.recv().expect("the body ran");
     }
 }

@@ -40,13 +40,14 @@ const fn device(name: &'static str, tests: &'static str) -> Target {
 }
 
 /// What there is.
-const TARGETS: [Target; 11] = [
+const TARGETS: [Target; 12] = [
     device("rng", "virtio::fuzz::rng"),
     device("block", "virtio::fuzz::block"),
     device("overlay", "virtio::fuzz::overlay"),
     device("net", "virtio::fuzz::net"),
     device("vsock", "virtio::fuzz::vsock"),
     device("balloon", "virtio::fuzz::balloon"),
+    device("watchdog", "virtio::fuzz::watchdog::watchdog"),
     device("snapshot", "virtio::fuzz::snapshot::snapshot"),
     Target {
         name: "types",

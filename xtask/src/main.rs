@@ -44,8 +44,8 @@ usage: cargo xtask VERB
                machine with a host in it, INSULA_TEST_CUTS times
   fuzz TARGET [--seconds N] [--seed N]
                hostile drivers by chance against a device of the monitor: rng, block, overlay, net,
-               vsock, balloon; bytes by chance against whatever reads them: snapshot, types (names
-               and quantities), heads, link (between control and data), config; or all
+               vsock, balloon, watchdog; bytes by chance against whatever reads them: snapshot,
+               types (names and quantities), heads, link (between control and data), config; or all
   vm-bench [ROUNDS]
                the monitor beside QEMU's microvm machine, in the same bed; writes
                docs/benchmarks.md

@@ -179,7 +179,9 @@ pub(crate) fn install(package: &str) -> Result<(), String> {
     let install = || {
         let mut command = Command::new("apt-get");
         command.env("DEBIAN_FRONTEND", "noninteractive");
-        run(command.args(["install", "--yes", "--no-install-recommends", package]))
+        // Whoever else installs something now is waited for.
+        command.args(["-o", "DPkg::Lock::Timeout=120", "install", "--yes"]);
+        run(command.args(["--no-install-recommends", package]))
     };
     install().or_else(|_| {
         run(Command::new("apt-get").arg("update"))?;

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 use std::str::FromStr;
 
 use clap::{Args, Subcommand, ValueEnum};
-use insula_types::machine::{PortForward, Protocol};
+use insula_types::machine::{PortForward, Protocol, Throughput};
 use insula_types::{Bytes, ImageName, MachineName, Millicores, Shares, TenantName};
 
 use super::{Connection, Look};
@@ -114,6 +114,33 @@ impl FromStr for PortArg {
     }
 }
 
+/// `BYTES[,OPERATIONS]`, in a second, or `none`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct LimitArg(pub(crate) Option<Throughput>);
+
+impl FromStr for LimitArg {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        if text == "none" {
+            return Ok(Self(None));
+        }
+        let (bytes, operations) = match text.split_once(',') {
+            None => (text, None),
+            Some((bytes, operations)) => (bytes, Some(operations)),
+        };
+        let bytes = bytes.parse().map_err(|error| format!("bytes: {error}"))?;
+        let operations = operations.map(|text| {
+            let number = text.parse();
+            number.map_err(|_| format!("{text:?} is no number of operations"))
+        });
+        Ok(Self(Some(Throughput {
+            bytes_per_second: Some(bytes),
+            operations_per_second: operations.transpose()?,
+        })))
+    }
+}
+
 /// What a machine is to be; what is left out keeps its value, or gets its default.
 #[derive(Debug, Args)]
 pub(crate) struct MachinePatch {
@@ -129,6 +156,9 @@ pub(crate) struct MachinePatch {
     /// A disk, such as root:rw or root:rw:4GiB; repeat it for more
     #[arg(long = "disk", value_name = "IMAGE[:rw[:SIZE]]")]
     pub(crate) disks: Vec<DiskArg>,
+    /// What each of its disks may read and write in a second, such as 50MB or 50MB,1000 [default: none]
+    #[arg(long, value_name = "BYTES[,OPERATIONS]|none")]
+    pub(crate) disk_limit: Option<LimitArg>,
     /// Processors [default: 1]
     #[arg(long, value_name = "N")]
     pub(crate) vcpus: Option<u8>,
@@ -141,6 +171,9 @@ pub(crate) struct MachinePatch {
     /// A port of the host's that leads in, such as 20022:22 or 20053:53/udp; repeat it for more
     #[arg(long = "port", value_name = "HOST:MACHINE[/udp]")]
     pub(crate) ports: Vec<PortArg>,
+    /// What its network may receive and, apart from that, send in a second [default: none]
+    #[arg(long, value_name = "BYTES[,PACKETS]|none")]
+    pub(crate) net_limit: Option<LimitArg>,
     /// Weight against the tenant's other machines
     #[arg(long, value_name = "SHARES")]
     pub(crate) cpu_shares: Option<Shares>,

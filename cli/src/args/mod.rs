@@ -11,7 +11,8 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 use insula_types::{ServiceName, TenantName, VolumeName};
 
 pub(crate) use machines::{
-    ImagesVerb, MachinePatch, MachineRef, MachinesVerb, MonitorArgs, NetArg, OneMachine, PortArg,
+    ImagesVerb, LimitArg, MachinePatch, MachineRef, MachinesVerb, MonitorArgs, NetArg, OneMachine,
+    PortArg,
 };
 pub(crate) use resources::{
     LogsArgs, RollbackArgs, ServicesVerb, TenantsVerb, TokensVerb, TopArgs, TrafficArgs, UsageArgs,

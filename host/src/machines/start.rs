@@ -2,13 +2,13 @@
 
 use std::fs::File;
 use std::io;
-use std::num::NonZeroU32;
+use std::num::{NonZeroU32, NonZeroU64};
 use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
 use std::process::Child;
 use std::time::Duration;
 
-use insula_types::machine::DiskMode;
+use insula_types::machine::{DiskMode, Throughput};
 use insula_types::{Digest, MachineId, MachineName, MachineSpec};
 use insula_vmm::monitor::description::{
     DiskDescription, MachineDescription, NetDescription, Origin, Writes,
@@ -17,6 +17,7 @@ use insula_vmm::monitor::launch::{self, Orders, Walls};
 use insula_vmm::monitor::protocol::Request;
 use insula_vmm::monitor::wire::{Outgoing, SlotError};
 use insula_vmm::monitor::{CallError, Client};
+use insula_vmm::rate_limiter::{Rate, RateLimits};
 
 use super::network::{Attached, NetworkError, Wire};
 use super::runner::Whose;
@@ -194,6 +195,7 @@ pub(super) fn tell(whose: &Whose, client: &Client, plan: Plan) -> Result<(), Sta
             serial: format!("disk-{number}"),
             image: with.add(image.file.as_fd())?,
             writes,
+            limits: rates(disk.limits),
         });
     }
     let origin = match &plan.begin {
@@ -218,6 +220,7 @@ pub(super) fn tell(whose: &Whose, client: &Client, plan: Plan) -> Result<(), Sta
             tap: with.add(tap.as_fd())?,
             mac: wire.mac(),
             ipv4: wire.machine(),
+            limits: rates(plan.spec.net.as_ref().and_then(|net| net.limits)),
         }),
     };
     let machine = MachineDescription {
@@ -230,6 +233,20 @@ pub(super) fn tell(whose: &Whose, client: &Client, plan: Plan) -> Result<(), Sta
     let machine = Box::new(machine);
     client.order(&Request::Start { machine }, &with, START_PATIENCE)?;
     Ok(())
+}
+
+/// A rested device moves a second's worth at once.
+fn rates(limits: Option<Throughput>) -> RateLimits {
+    let limits = limits.unwrap_or_default();
+    let rate = |per_second| Rate {
+        per_second,
+        burst: per_second,
+    };
+    let bytes = limits.bytes_per_second.map(insula_types::Bytes::get);
+    RateLimits {
+        bytes: bytes.and_then(NonZeroU64::new).map(rate),
+        operations: limits.operations_per_second.map(rate),
+    }
 }
 
 fn open_kvm(path: &Path) -> io::Result<File> {

@@ -16,6 +16,7 @@ use insula_vmm::monitor::description::{DiskDescription, MachineDescription, Orig
 use insula_vmm::monitor::launch::{self, Orders, Walls};
 use insula_vmm::monitor::protocol::{Cause, Record, Reply, Request, Statistics};
 use insula_vmm::monitor::wire::Outgoing;
+use insula_vmm::rate_limiter::RateLimits;
 
 use crate::console::{PATIENCE, Screen};
 use crate::guest::{COMMAND_LINE, MEMORY, file, obey};
@@ -217,6 +218,7 @@ impl Jailed {
                     base: "01".repeat(32),
                     disk_bytes: None,
                 },
+                limits: RateLimits::default(),
             }],
             vsock: Some(with.add(vsock.as_fd()).expect("room")),
             net: None,

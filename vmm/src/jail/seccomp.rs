@@ -11,7 +11,7 @@
 
 use std::collections::BTreeMap;
 use std::fmt;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use seccompiler::{
     BpfProgram, SeccompAction, SeccompCmpArgLen, SeccompCmpOp, SeccompCondition, SeccompFilter,
@@ -41,40 +41,30 @@ pub enum SeccompError {
     },
 }
 
-/// The compiled filters of a monitor. Cheap to clone.
-#[derive(Clone)]
-pub struct Filters(Arc<[(Kind, BpfProgram); 3]>);
+/// The filters of a monitor, each compiled by the first thread that installs it. Cheap to clone.
+#[derive(Clone, Default)]
+pub struct Filters(Arc<[OnceLock<BpfProgram>; Kind::ALL.len()]>);
 
 impl fmt::Debug for Filters {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_map()
-            .entries(self.0.iter().map(|(kind, program)| (kind, program.len())))
-            .finish()
+        f.write_str("Filters")
     }
 }
 
 impl Filters {
-    /// Compiles all of them, before there is anything to protect.
-    ///
-    /// # Errors
-    /// [`SeccompError::Compile`], which is a mistake in the table.
-    pub fn compile() -> Result<Self, SeccompError> {
-        let [vcpu, device, api] = Kind::ALL;
-        Ok(Self(Arc::new([
-            (vcpu, compile(vcpu)?),
-            (device, compile(device)?),
-            (api, compile(api)?),
-        ])))
-    }
-
     /// Puts the calling thread behind the filter of `kind`, for good.
     ///
     /// # Errors
     /// [`SeccompError::Install`]: the kernel has no seccomp, or the thread may gain privileges.
+    /// [`SeccompError::Compile`], which is a mistake in the table.
     pub fn install(&self, kind: Kind) -> Result<(), SeccompError> {
-        let found = self.0.iter().find(|(is, _)| *is == kind);
-        let Some((_, program)) = found else {
-            unreachable!("`compile` makes one for each kind")
+        let program = match self.0[kind as usize].get() {
+            Some(program) => program,
+            None => {
+                let program = compile(kind)?;
+                // Another thread that did the same has made the same.
+                self.0[kind as usize].get_or_init(|| program)
+            }
         };
         seccompiler::apply_filter(program).map_err(|source| SeccompError::Install { kind, source })
     }

@@ -1,20 +1,24 @@
 //! Putting a machine together: its parts, its threads, its lines.
 
+use std::panic::resume_unwind;
 use std::sync::Arc;
+use std::thread;
 
 use kvm_bindings::kvm_clock_data;
 use kvm_ioctls::VcpuFd;
 
 use super::{BuildError, Machine, Phase};
-use crate::boot::Entry;
+use crate::acpi;
+use crate::boot::{self, BootSource, Entry};
 use crate::config::{Console, VcpuCount};
 use crate::devices::watchdog::{Watchdog, WatchdogSaved};
 use crate::devices::{Devices, GenerationId, SerialPort, SerialSaved, feed};
 use crate::exit::Ending;
 use crate::kvm::{Hypervisor, VirtualMachine, cpuid, failed, msrs};
 use crate::layout;
+use crate::memory::{self, GuestMemory, MemorySize};
 use crate::snapshot::MsrList;
-use crate::threads::{ThreadKind, Threads};
+use crate::threads::{ThreadKind, Threads, named};
 use crate::vcpu::{self, Vcpu};
 use crate::virtio::{MmioTransport, VirtioDevice};
 
@@ -30,7 +34,8 @@ pub(super) struct Parts {
 }
 
 impl Parts {
-    /// Starts the threads that are left: the console's, and the processors', which are parked.
+    /// Starts the threads that are left: the console's, and the processors', which are parked. All
+    /// are behind their filters when this returns.
     pub(super) fn together(
         self,
         hypervisor: &Hypervisor,
@@ -71,16 +76,61 @@ impl Parts {
             let console = threads.spawn(ThreadKind::Console, move || feed(&port, &input));
             machine.console = Some(console.map_err(BuildError::Console)?);
         }
+        threads.ready().map_err(BuildError::Threads)?;
         Ok(machine)
     }
 }
 
-/// New processors, as they are before the first instruction.
-pub(super) fn processors(
+/// A new machine's parts, before the first instruction. The kernel takes about as long to make a
+/// machine as we do to fill its memory, and neither needs the other: so that is done beside.
+pub(super) fn make(
+    hypervisor: &Hypervisor,
+    vcpus: VcpuCount,
+    size: MemorySize,
+    source: &mut BootSource,
+    devices: Vec<Box<dyn VirtioDevice>>,
+    threads: &Threads,
+) -> Result<(VirtualMachine, Vec<VcpuFd>, Vec<MmioTransport>), BuildError> {
+    let memory = memory::create(size)?;
+    let count = devices.len();
+    thread::scope(|scope| {
+        let filling = named("fill-memory")
+            .spawn_scoped(scope, || fill(&memory, vcpus, size, source, count))
+            .map_err(BuildError::Threads)?;
+        let vm = VirtualMachine::new(hypervisor, memory.clone())?;
+        let processors = processors(hypervisor, &vm, vcpus)?;
+        let devices = start_devices(&vm, devices, threads)?;
+        let entry = filling
+            .join()
+            .unwrap_or_else(|panic| resume_unwind(panic))?;
+        // The others wait for the first one's INIT and SIPI.
+        if let Some(first) = processors.first() {
+            vcpu::set_registers(first, entry)?;
+        }
+        Ok((vm, processors, devices))
+    })
+}
+
+/// What is in memory before the first instruction.
+fn fill(
+    memory: &GuestMemory,
+    vcpus: VcpuCount,
+    size: MemorySize,
+    source: &mut BootSource,
+    virtio_devices: usize,
+) -> Result<Entry, BuildError> {
+    let entry = boot::load(memory, size, source)?;
+    boot::write_tables(memory)?;
+    boot::write_reset_vector(memory)?;
+    acpi::write(memory, vcpus, virtio_devices)?;
+    Ok(entry)
+}
+
+/// New processors, but for the first one's registers.
+fn processors(
     hypervisor: &Hypervisor,
     vm: &VirtualMachine,
     vcpus: VcpuCount,
-    entry: Entry,
 ) -> Result<Vec<VcpuFd>, BuildError> {
     let topology = cpuid::Topology::new(vcpus);
     let supported = cpuid::supported(hypervisor)?;
@@ -91,10 +141,6 @@ pub(super) fn processors(
         fd.set_cpuid2(&leaves.ok_or(BuildError::Cpuid)?)
             .map_err(failed("KVM_SET_CPUID2"))?;
         msrs::set_first(&fd)?;
-        // The others wait for the first one's INIT and SIPI.
-        if number == 0 {
-            vcpu::set_registers(&fd, entry)?;
-        }
         processors.push(fd);
     }
     Ok(processors)

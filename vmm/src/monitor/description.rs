@@ -13,6 +13,7 @@ use super::wire::{Incoming, Slot, SlotError};
 use crate::boot::{BootSource, CommandLineError};
 use crate::config::{VcpuCount, VcpuCountError};
 use crate::memory::{MemoryError, MemorySize};
+use crate::rate_limiter::RateLimits;
 use crate::snapshot::{FormatError, MachineState, STATE_MAX_BYTES, Snapshot};
 use crate::virtio::VirtioDevice;
 use crate::virtio::balloon::Balloon;
@@ -51,6 +52,9 @@ pub struct NetDescription {
     pub mac: String,
     /// And on the internet.
     pub ipv4: Ipv4Addr,
+    /// What it may receive and, apart from that, send.
+    #[serde(default)]
+    pub limits: RateLimits,
 }
 
 /// Where a monitor looks for sockets that its guest may connect to: `/vsock_1024` for port 1024.
@@ -95,6 +99,9 @@ pub struct DiskDescription {
     pub image: Slot,
     /// What may be written, and where it goes.
     pub writes: Writes,
+    /// What it may read and write, together.
+    #[serde(default)]
+    pub limits: RateLimits,
 }
 
 /// Where a guest's writes to a disk go.
@@ -228,8 +235,11 @@ impl MachineDescription {
         let memory = begin.memory()?;
         let (mut devices, mut meters) = (Vec::<Box<dyn VirtioDevice>>::new(), Vec::new());
         for disk in self.disks {
-            let serial = disk.serial.parse()?;
-            let block = Block::new(disk.open(with)?, serial);
+            let (serial, limits) = (disk.serial.parse()?, disk.limits);
+            let mut block = Block::new(disk.open(with)?, serial);
+            if limits != RateLimits::default() {
+                block = block.with_limits(limits)?;
+            }
             meters.push(Meter::Disk(block.counts()));
             devices.push(Box::new(block));
         }
@@ -266,7 +276,11 @@ impl NetDescription {
             ipv6: Vec::new(),
         };
         let tap = Tap::adopt(with.take(self.tap)?)?;
-        Ok(Net::new(tap, identity, Mtu::default()))
+        let net = Net::new(tap, identity, Mtu::default());
+        if self.limits == RateLimits::default() {
+            return Ok(net);
+        }
+        Ok(net.with_limits(self.limits, self.limits)?)
     }
 }
 
@@ -326,6 +340,7 @@ impl DiskDescription {
             serial,
             image,
             writes,
+            limits: _,
         } = self;
         let image = File::from(with.take(image)?);
         let raw = |image, access| match RawDisk::new(image, access) {

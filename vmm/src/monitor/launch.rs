@@ -95,8 +95,7 @@ pub fn spawn(
         .env("MIMALLOC_ALLOW_THP", "0")
         .stdin(socket)
         .stdout(record)
-        .stderr(log)
-        .current_dir("/");
+        .stderr(log);
     // A terminal's interrupt is for the host.
     std::os::unix::process::CommandExt::process_group(&mut command, 0);
     let (child, _) = in_pid_namespace(&mut command)?;

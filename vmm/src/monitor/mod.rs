@@ -4,7 +4,7 @@
 //!  host                                         monitor
 //!  ────                                         ───────
 //!  launch::spawn: directory, listening socket,
-//!  record, log ───────────── exec ────────────▶ run: jail ─▶ filters compiled ─▶ serve
+//!  record, log ───────────── exec ────────────▶ run: jail ─▶ serve
 //!  Client::connect ──────────────────────────▶  accepts
 //!  Start, with /dev/kvm, kernel, disks ───────▶ makes the machine, each thread behind its filter,
 //!                                               first guest instruction
@@ -77,14 +77,15 @@ enum PrepareError {
     NotAlone(#[from] jail::NotAlone),
     #[error(transparent)]
     Weak(#[from] jail::Weak),
-    #[error(transparent)]
-    Filter(#[from] jail::seccomp::SeccompError),
-    #[error("the listening socket: {0}")]
-    Socket(#[from] io::Error),
+    #[error("the working directory or the listening socket: {0}")]
+    System(#[from] io::Error),
 }
 
 fn prepare(orders: &str) -> Result<serve::Service, PrepareError> {
     let orders: Orders = serde_json::from_str(orders)?;
+    // Of no directory of the host's, also where its root stays. Not by its spawner, for whom a
+    // program of ours that is linked statically would have to fork.
+    rustix::process::chdir("/").map_err(io::Error::from)?;
     let listener = rustix::io::dup(io::stdin().as_fd()).map_err(io::Error::from)?;
     let mut spec = orders.jail();
     spec.keep.push(listener.as_raw_fd());
@@ -97,7 +98,7 @@ fn prepare(orders: &str) -> Result<serve::Service, PrepareError> {
     // Once more, by the process that listens from now on: the kernel tells whoever connects which
     // process that was, and so a later host finds its monitor's number.
     rustix::net::listen(&listener, launch::BACKLOG).map_err(io::Error::from)?;
-    Ok(serve::Service::new(listener, Filters::compile()?))
+    Ok(serve::Service::new(listener, Filters::default()))
 }
 
 /// What a machine does not run without.

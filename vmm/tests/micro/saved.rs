@@ -164,9 +164,13 @@ fn a_live_device_goes_on() {
     assert_eq!(machine.statistics().device_failures, [("rng", 0, None)]);
 }
 
-/// Bytes that were changed are refused, or make a machine that harms nobody: never a panic.
+/// Bytes that were changed are refused, or make a machine that harms nobody: never a panic. What a
+/// processor or an interrupt controller holds is read here, and not given to the kernel changed: a
+/// host seals what it saves, and how a kernel fares with registers that no processor has is the
+/// kernel's.
 #[test]
 fn a_state_that_was_tampered_with_harms_nobody() {
+    const PLACES: usize = 60;
     let Some(hypervisor) = hypervisor() else {
         return;
     };
@@ -177,28 +181,40 @@ fn a_state_that_was_tampered_with_harms_nobody() {
     machine.pause().expect("it runs");
     let saved = Saved::of(&machine);
     drop(machine);
+    let find = |name: &[u8]| {
+        let mut windows = saved.state.windows(name.len());
+        windows.position(|window| window == name).expect("a field")
+    };
+    let kernels = find(b"\"vcpus\":")..find(b"\"serial\":");
+    let (theirs, ours): (Vec<_>, Vec<_>) =
+        (12..saved.state.len()).partition(|place| kernels.contains(place));
     let mut refused = 0;
-    for place in (12..saved.state.len()).step_by(saved.state.len() / 60) {
-        let mut state = saved.state.clone();
-        state[place] = if state[place] == b'9' { b'1' } else { b'9' };
-        let Ok(state) = MachineState::decode(&state) else {
-            refused += 1;
-            continue;
-        };
-        let memory = saved.memory.try_clone().expect("open");
-        let snapshot = Snapshot { state, memory };
-        let console = Console {
-            output: Box::new(screen.clone()),
-            input: None,
-        };
-        let threads = Threads::default();
-        match Machine::restore(&hypervisor, snapshot, console, Vec::new(), &threads) {
-            Ok(mut machine) => {
-                machine.resume().expect("it is paused");
-                let _ = machine.wait(Some(Instant::now() + Duration::from_millis(2)));
-                machine.stop();
+    for places in [theirs, ours] {
+        for place in places.iter().step_by(places.len().div_ceil(PLACES)) {
+            let mut state = saved.state.clone();
+            state[*place] = if state[*place] == b'9' { b'1' } else { b'9' };
+            let Ok(state) = MachineState::decode(&state) else {
+                refused += 1;
+                continue;
+            };
+            if kernels.contains(place) {
+                continue;
             }
-            Err(_) => refused += 1,
+            let memory = saved.memory.try_clone().expect("open");
+            let snapshot = Snapshot { state, memory };
+            let console = Console {
+                output: Box::new(screen.clone()),
+                input: None,
+            };
+            let threads = Threads::default();
+            match Machine::restore(&hypervisor, snapshot, console, Vec::new(), &threads) {
+                Ok(mut machine) => {
+                    machine.resume().expect("it is paused");
+                    let _ = machine.wait(Some(Instant::now() + Duration::from_millis(2)));
+                    machine.stop();
+                }
+                Err(_) => refused += 1,
+            }
         }
     }
     assert!(refused > 0, "nothing was refused");

@@ -16,6 +16,7 @@ use insula_vmm::monitor::launch::{self, Orders, Walls};
 use insula_vmm::monitor::protocol::{Record, Request};
 use insula_vmm::monitor::wire::Outgoing;
 use insula_vmm::monitor::{CallError, Client};
+use insula_vmm::rate_limiter::RateLimits;
 use libtest_mimic::Failed;
 
 pub(crate) const PATIENCE: Duration = Duration::from_secs(20);
@@ -131,6 +132,7 @@ impl Monitored {
                     base: "ab".repeat(32),
                     disk_bytes: None,
                 },
+                limits: RateLimits::default(),
             }],
             vsock: Some(with.add(vsock.as_fd())?),
             net: None,

@@ -51,12 +51,16 @@ ask 'echo 3 > /proc/sys/vm/drop_caches; echo "still: $(cat /kept)"' 'still: kept
 before=$(monitor)
 shown "a snapshot, gone on with from where it was, and a clone of it beside"
 
+do_it insula machine create $M --disk-limit 4MB
 echo 'reboot -f' >&3
 within 30 "new monitor" eval '[ -n "$(monitor)" ] && [ "$(monitor)" != "$before" ]'
 sit_down
 within 200 "init after the reboot" printed @ready
 ask 'echo "it $(cat /kept)"' 'it kept'
 shown "a guest that reboots goes on with its disk"
+# A second's worth at once, and then as much each second.
+ask 'echo 3 > /proc/sys/vm/drop_caches; t=$(cut -d. -f1 /proc/uptime); dd if=/dev/vda of=/dev/null bs=64k count=384 2> /dev/null && echo "24 MiB: $(($(cut -d. -f1 /proc/uptime) - t)) seconds"' '24 MiB: [4-9] seconds'
+shown "a disk with a limit of 4 MB each second, $(grep -o '24 MiB: .*' /tmp/screen | tr -d '\r')"
 
 echo 'poweroff -f' >&3
 within 60 "end" is stopped

@@ -6,6 +6,7 @@
 #[path = "../../../../vmm/tests/monitor/kernel.rs"]
 mod kernel;
 mod network;
+mod rounds;
 
 use std::fs;
 use std::io::{Read, Write};
@@ -432,38 +433,6 @@ fn what_a_machine_was_promised_its_tenants_services_do_not_have() {
         let status = status();
         holds(status == 200, status.to_string())
     });
-}
-
-#[test]
-fn many_rounds_leave_nothing() {
-    const ROUNDS: usize = 200;
-    let Some(host) = host() else { return };
-    let admin = host.admin();
-    admin.delete(MACHINE);
-    let mounts = || fs::read_to_string(format!("/proc/{}/mounts", host.pid())).expect("it lives");
-    let (mut files, before) = (0, mounts());
-    for round in 0..ROUNDS {
-        admin.put(MACHINE, &spec());
-        act(&host, "start");
-        let groups = groups(pid(&host));
-        admin.post(&format!("{MACHINE}/stop?force=true"), &json!({}));
-        admin.delete(MACHINE);
-        for group in groups {
-            assert!(!group.exists(), "{}", group.display());
-        }
-        // The first rounds open what stays open: the log, the probe.
-        if round == 2 {
-            files = host.open_files();
-        }
-    }
-    assert!(monitors(&host).is_empty());
-    until(PATIENCE, "descriptors are as before", || {
-        let now = host.open_files();
-        holds(now <= files, format!("{files} before, {now} now"))
-    });
-    assert_eq!(mounts(), before);
-    let left = fs::read_dir(host.data().join("machines")).expect("it is there");
-    assert_eq!(left.count(), 0);
 }
 
 /// Two machines that never rest, under a limit of their tenant's, have no more than that together.

@@ -9,15 +9,24 @@ use super::*;
 /// Set where the test is in a network of its own.
 const INSIDE: &str = "INSULA_TEST_INSIDE";
 
-/// Whether the caller is in a network of its own, and may go on; otherwise it has been run again in
-/// one, or cannot be, and says so.
-fn inside(test: &str) -> bool {
+/// Where a test is that wants a network of its own.
+pub(super) enum Inside {
+    /// In one: it goes on.
+    Here,
+    /// It has been run again in one, and has held.
+    Shown,
+    /// There is none to be had.
+    Missing(String),
+}
+
+/// Runs the test, named in full, again in a network of its own, unless it is in one.
+pub(super) fn inside(test: &str) -> Inside {
     if std::env::var_os(INSIDE).is_some() {
         let up = Command::new("ip")
             .args(["link", "set", "lo", "up"])
             .status();
         assert!(up.expect("ip, of iproute2").success());
-        return true;
+        return Inside::Here;
     }
     for (program, package) in [
         ("ip", "iproute2"),
@@ -26,23 +35,18 @@ fn inside(test: &str) -> bool {
     ] {
         let there = Command::new(program).arg("--version").output();
         if there.is_err_and(|error| error.kind() == io::ErrorKind::NotFound) {
-            eprintln!("skipped: {program} is not installed; apt-get install {package}");
-            return false;
+            let why = format!("{program} is not installed; apt-get install {package}");
+            return Inside::Missing(why);
         }
     }
     let allowed = Command::new("unshare").args(["--net", "true"]).output();
     if !allowed.is_ok_and(|output| output.status.success()) {
-        eprintln!("skipped: no network namespace may be made here");
-        return false;
+        return Inside::Missing("no network namespace may be made here".to_owned());
     }
     let again = Command::new("unshare")
         .arg("--net")
         .arg(std::env::current_exe().expect("a test has a program"))
-        .args([
-            "--exact",
-            &format!("machines::network::{test}"),
-            "--nocapture",
-        ])
+        .args(["--exact", test, "--nocapture"])
         .env(INSIDE, "1")
         .output()
         .expect("it runs again");
@@ -51,7 +55,7 @@ fn inside(test: &str) -> bool {
     assert!(again.status.success(), "{out}{said}");
     assert!(out.contains("1 passed"), "{out}");
     eprint!("{said}");
-    false
+    Inside::Shown
 }
 
 fn output(program: &str, arguments: &[&str]) -> String {
@@ -61,13 +65,23 @@ fn output(program: &str, arguments: &[&str]) -> String {
 }
 
 /// Interfaces, rules and forwarding of this network.
-fn network() -> (String, String, String) {
+pub(super) fn network() -> (String, String, String) {
     let forwarding = fs::read_to_string("/proc/sys/net/ipv4/ip_forward").expect("it is there");
     let interfaces = output("ip", &["-o", "-4", "address"]);
+    // One without an address is not among those.
+    let all = fs::read_to_string("/proc/thread-self/net/dev").expect("it is there");
+    let interfaces = format!("{interfaces}{}", names_of_interfaces(&all, "").join(" "));
     (interfaces, output("nft", &["list", "ruleset"]), forwarding)
 }
 
-fn connected(port: u16) -> Value {
+/// Those in `net/dev` (proc(5)) that begin so: two lines of headings, then `name: numbers`.
+pub(super) fn names_of_interfaces(text: &str, prefix: &str) -> Vec<String> {
+    let names = text.lines().skip(2).filter_map(|line| line.split_once(':'));
+    let names = names.map(|(name, _)| name.trim().to_owned());
+    names.filter(|name| name.starts_with(prefix)).collect()
+}
+
+pub(super) fn connected(port: u16) -> Value {
     let mut spec = spec();
     spec["net"] = json!({"ports": [{"host": port, "machine": 22}]});
     spec
@@ -75,8 +89,15 @@ fn connected(port: u16) -> Value {
 
 #[test]
 fn a_machine_has_an_address_while_it_runs_and_leaves_nothing() {
-    if !inside("a_machine_has_an_address_while_it_runs_and_leaves_nothing") {
-        return;
+    const TEST: &str =
+        "machines::network::a_machine_has_an_address_while_it_runs_and_leaves_nothing";
+    match inside(TEST) {
+        Inside::Here => {}
+        Inside::Shown => return,
+        Inside::Missing(why) => {
+            eprintln!("skipped: {why}");
+            return;
+        }
     }
     let Some(host) = host() else { return };
     let admin = host.admin();

@@ -12,6 +12,7 @@ mod driver;
 mod random;
 mod snapshot;
 mod targets;
+mod watchdog;
 
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::sync::Arc;
