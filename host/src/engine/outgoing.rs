@@ -11,7 +11,7 @@
 //! itself, and ends with it. What wasi-http spawns only waits for the head.
 
 use std::future::{Future, poll_fn};
-use std::pin::{Pin, pin};
+use std::pin::Pin;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::task::Poll;
@@ -94,9 +94,9 @@ impl Errands {
     }
 }
 
-/// Runs a guest's call, and its errands beside it. They end with it.
-pub(super) async fn beside<T>(errands: &Errands, call: impl Future<Output = T>) -> T {
-    let mut call = pin!(call);
+/// Runs a guest's call, and its errands beside it. They end with it. The call is large, and stays
+/// where its caller has it.
+pub(super) async fn beside<T>(errands: &Errands, mut call: Pin<&mut impl Future<Output = T>>) -> T {
     let mut running: Option<FuturesUnordered<Errand>> = None;
     poll_fn(|cx| {
         if let Poll::Ready(result) = call.as_mut().poll(cx) {
@@ -119,6 +119,8 @@ pub(super) async fn beside<T>(errands: &Errands, call: impl Future<Output = T>) 
 
 #[cfg(test)]
 mod tests {
+    use std::pin::pin;
+
     use super::*;
 
     #[tokio::test]
@@ -141,6 +143,6 @@ mod tests {
             errands.begin(|| Box::pin(async {})).unwrap();
             said
         };
-        assert_eq!(beside(&errands, call).await, 7);
+        assert_eq!(beside(&errands, pin!(call)).await, 7);
     }
 }

@@ -7,6 +7,7 @@
 //! Whatever the ending (done, trap, or the future dropped half-way), what the instance used is in
 //! the [`Ledger`] once the future is gone.
 
+use std::pin::pin;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
@@ -15,11 +16,13 @@ use bytes::Bytes;
 use http_body::Body;
 use insula_types::Outcome;
 use insula_types::quantity::{Bytes as ByteQuantity, Fuel};
+use wasmtime::component::Resource;
 use wasmtime::{PoolConcurrencyLimitError, Store, Trap};
 use wasmtime_wasi_http::WasiHttpView;
 use wasmtime_wasi_http::p2::bindings::Proxy;
 use wasmtime_wasi_http::p2::bindings::http::types::{ErrorCode, Scheme};
 use wasmtime_wasi_http::p2::body::HyperOutgoingBody;
+use wasmtime_wasi_http::p2::types::{HostIncomingRequest, HostResponseOutparam};
 
 use super::config::caps;
 use super::files::Mounted;
@@ -199,12 +202,13 @@ where
         quantum: grant.quantum,
         trapped: false,
     };
-    let result = match armed {
-        Ok(()) => {
-            let request = (scheme, request);
-            let (store, events) = (&mut *metered.store, &metered.events);
+    let ready = armed.and_then(|()| arguments(metered.store, (scheme, request), &metered.events));
+    let result = match ready {
+        Ok(arguments) => {
+            let (store, events) = (&mut *metered.store, &*metered.events);
             let errands = store.data().errands();
-            beside(&errands, call(store, ground, request, events, began)).await
+            let call = pin!(call(store, ground, arguments, events, began));
+            beside(&errands, call).await
         }
         Err(error) => Err(error),
     };
@@ -241,14 +245,18 @@ fn new_store(code: &Code, guest: Guest) -> Store<Guest> {
     store
 }
 
-/// Instantiates, unless that was done before, and calls the handler; answers the instance.
-async fn call<B, R>(
+/// What the handler is called with.
+type Arguments = (
+    Resource<HostIncomingRequest>,
+    Resource<HostResponseOutparam>,
+);
+
+/// Makes the guest's view of a request, and the place where it puts its answer.
+fn arguments<B, R>(
     store: &mut Store<Guest>,
-    ground: Ground,
     (scheme, request): (UrlScheme, http::Request<B>),
     events: &Arc<R>,
-    began: Instant,
-) -> Result<Proxy, wasmtime::Error>
+) -> Result<Arguments, wasmtime::Error>
 where
     B: Body<Data = Bytes> + Send + 'static,
     B::Error: Into<BodyError>,
@@ -264,6 +272,17 @@ where
     let out = http.new_response_outparam_from_callback(move |head| {
         answers.head(head.map_err(|code: ErrorCode| format!("{code:?}")));
     })?;
+    Ok((request, out))
+}
+
+/// Instantiates, unless that was done before, and calls the handler; answers the instance.
+async fn call(
+    store: &mut Store<Guest>,
+    ground: Ground,
+    (request, out): Arguments,
+    events: &impl RunEvents,
+    began: Instant,
+) -> Result<Proxy, wasmtime::Error> {
     let proxy = match ground {
         Ground::Code(code) => code.pre.instantiate_async(&mut *store).await?,
         Ground::Instance(proxy) => proxy,

@@ -85,8 +85,8 @@ pub(super) async fn handle(
 ) -> Response<OutBody> {
     let began = Instant::now();
     let request_id = RequestId::new();
-    let host = match authority(&request) {
-        Ok(host) => host.into_owned(),
+    let host = match host_of(&request) {
+        Ok(host) => host,
         Err(message) => {
             ingress
                 .metrics
@@ -102,7 +102,9 @@ pub(super) async fn handle(
             return own(refusal);
         }
     };
-    if origin.is_misdirected(&host) {
+    // A canonical host is ASCII.
+    let name = host.to_str().unwrap_or_default();
+    if origin.is_misdirected(name) {
         let nobody = ingress.metrics.unrouted();
         nobody.request_ended(Outcome::BadRequest);
         let (status, outcome) = (StatusCode::MISDIRECTED_REQUEST, Outcome::BadRequest);
@@ -110,7 +112,7 @@ pub(super) async fn handle(
         return own(problem::detailed(status, outcome, message, request_id));
     }
     let routes = ingress.routes.load();
-    let Some(found) = routes.find(&host, request.uri().path()) else {
+    let Some(found) = routes.find(name, request.uri().path()) else {
         ingress.metrics.unrouted().request_ended(Outcome::NotFound);
         return own(problem::problem(Outcome::NotFound, request_id));
     };
@@ -139,7 +141,7 @@ pub(super) async fn handle(
     exchange
         .bytes_in
         .store(headers::head_bytes(request.headers()), Ordering::Relaxed);
-    let request = for_guest(request, &exchange, &origin, &host);
+    let request = for_guest(request, &exchange, &origin, host);
     let request = (origin.scheme(), request);
     let code = (active.program.clone(), active.shelf.clone());
     let work = Box::pin(work(code, Arc::clone(&exchange), request));
@@ -234,6 +236,16 @@ fn authority(request: &Request<Incoming>) -> Result<Cow<'_, str>, &'static str> 
     }
 }
 
+/// The same, as the value of a header. What the client sent is shared where it is canonical, as it
+/// nearly always is.
+fn host_of(request: &Request<Incoming>) -> Result<HeaderValue, &'static str> {
+    let host = authority(request)?;
+    match request.headers().get(HOST) {
+        Some(sent) if sent.as_bytes() == host.as_bytes() => Ok(sent.clone()),
+        _ => HeaderValue::from_str(&host).map_err(|_| "Host is not a host name"),
+    }
+}
+
 fn declared_length(headers: &HeaderMap) -> Option<u64> {
     headers.get(CONTENT_LENGTH)?.to_str().ok()?.parse().ok()
 }
@@ -242,11 +254,9 @@ fn for_guest(
     request: Request<Incoming>,
     exchange: &Arc<Exchange>,
     origin: &Origin,
-    host: &str,
+    host: HeaderValue,
 ) -> Request<RequestBody> {
     let (mut parts, body) = request.into_parts();
-    // A canonical host is ASCII.
-    let host = HeaderValue::from_str(host).unwrap_or(HeaderValue::from_static(""));
     headers::prepare_request(
         &mut parts.headers,
         exchange.request_id,

@@ -56,6 +56,10 @@ use crate::ingress::head_guard::{HeadGuard, Phase, Violation};
 /// Most bytes that are read and dropped after an answer of ours.
 const LINGER_BYTES_MAX: usize = 256 << 10;
 
+/// Pieces that are no longer than this together are copied and go out as one: the kernel takes longer
+/// for several, by about a hundredth of a small request.
+const JOINED_BYTES_MAX: usize = 1 << 10;
+
 /// For how long a client may keep us waiting.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Timeouts {
@@ -513,7 +517,13 @@ impl<S: AsyncRead + AsyncWrite + Unpin> AsyncWrite for GuardedIo<S> {
         slices: &[io::IoSlice<'_>],
     ) -> Poll<io::Result<usize>> {
         let this = self.get_mut();
-        let result = Pin::new(&mut this.io).poll_write_vectored(cx, slices);
+        let length: usize = slices.iter().map(|slice| slice.len()).sum();
+        let result = if length <= JOINED_BYTES_MAX {
+            let mut joined = [0; JOINED_BYTES_MAX];
+            Pin::new(&mut this.io).poll_write(cx, join(slices, &mut joined))
+        } else {
+            Pin::new(&mut this.io).poll_write_vectored(cx, slices)
+        };
         this.wrote(cx, result)
     }
 
@@ -532,6 +542,17 @@ impl<S: AsyncRead + AsyncWrite + Unpin> AsyncWrite for GuardedIo<S> {
         let result = Pin::new(&mut this.io).poll_shutdown(cx);
         this.watch(cx, result)
     }
+}
+
+/// Copies pieces behind one another into a buffer that is long enough.
+fn join<'a>(pieces: &[io::IoSlice<'_>], buffer: &'a mut [u8]) -> &'a [u8] {
+    let mut length = 0;
+    for piece in pieces {
+        let begin = length;
+        length += piece.len();
+        buffer[begin..length].copy_from_slice(piece);
+    }
+    &buffer[..length]
 }
 
 /// The whole answer to a violation, after which the connection closes.

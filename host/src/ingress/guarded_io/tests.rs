@@ -308,6 +308,34 @@ async fn a_client_that_takes_nothing_is_left() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn pieces_go_out_whole_and_in_order() {
+    let (mut near, far) = duplex(64);
+    let (mut guarded, handle) = GuardedIo::new(far, Timeouts::default());
+    let head = vec![b'h'; JOINED_BYTES_MAX - 2];
+    for body in [&b""[..], b"b", b"bc", b"bcd"] {
+        let mut expected = head.clone();
+        expected.extend(body);
+        let before = handle.bytes_out();
+        let write = async {
+            let mut sent = 0;
+            while sent < expected.len() {
+                let (head, body) = (
+                    &head[sent.min(head.len())..],
+                    &body[sent.saturating_sub(head.len())..],
+                );
+                let slices = [io::IoSlice::new(head), io::IoSlice::new(body)];
+                sent += guarded.write_vectored(&slices).await.unwrap();
+            }
+        };
+        let mut got = vec![0; expected.len()];
+        let (_, read) = tokio::join!(write, near.read_exact(&mut got));
+        read.unwrap();
+        assert_eq!(got, expected);
+        assert_eq!(handle.bytes_out() - before, expected.len() as u64);
+    }
+}
+
+#[tokio::test(start_paused = true)]
 async fn http_2_passes_through() {
     let (mut near, far) = duplex(4_096);
     let (mut guarded, handle) = GuardedIo::new(far, Timeouts::default());
