@@ -87,7 +87,8 @@ $B mount -t devtmpfs dev /dev
 $B mount -t tmpfs tmp /tmp
 for module in MODULES; do $B insmod /modules/$module.ko || echo "bed: FAILED loading $module"; done
 only=$($B sed -n 's/.* only=\([a-z]*\).*/\1/p' /proc/cmdline)
-if [ -n "$only" ]; then
+part=$($B sed -n 's/.* part=\([a-z]*\).*/\1/p' /proc/cmdline)
+if [ -n "$only" ] || [ "$part" = hosts ]; then
     true
 elif /bed/micro --test-threads=1 > /tmp/micro 2>&1; then
     echo "bed: ok micro-guests under nested KVM: $($B grep '^test result' /tmp/micro)"
@@ -95,7 +96,7 @@ else
     $B cat /tmp/micro
     echo "bed: FAILED micro-guests under nested KVM"
 fi
-if [ -n "$only" ]; then
+if [ -n "$only" ] || [ "$part" = hosts ]; then
     true
 elif /bed/monitor --test-threads=1 > /tmp/monitor 2>&1; then
     echo "bed: ok monitor processes under nested KVM: $($B grep '^test result' /tmp/monitor)"
@@ -104,6 +105,7 @@ else
     echo "bed: FAILED monitor processes under nested KVM"
 fi
 for case in CASES; do
+    [ "$part" != guests ] || break
     [ -z "$only" ] || [ "$only" = $case ] || continue
     if [ ! -e /bin/sh ]; then
         $B --install -s /bin
@@ -114,7 +116,7 @@ for case in CASES; do
     /bed/$case
     mine=$case
 done
-[ -n "$only" ] && [ "$only" = "$mine" ] || /bed/bed $only
+if [ "$part" != hosts ] && { [ -z "$only" ] || [ "$only" != "$mine" ]; }; then /bed/bed $only; fi
 # System calls for which a monitor was ended.
 $B dmesg | $B grep type=1326
 echo "bed: end"

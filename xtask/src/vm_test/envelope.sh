@@ -38,7 +38,7 @@ sleep 20
 one=$(rate "$one" "$(used one "$machines")" 1) three=$(rate "$three" "$(used three "$machines")" 1)
 ratio=$(echo "$one $three" | awk '{ printf "%.2f", $2 / $1 }')
 near "$ratio" 3 || failed "shares of 1:3 are 1:$ratio: $one s and $three s"
-shown "shares of 1:3 are 1:$ratio, $one s and $three s of CPU in 20 s on two cores"
+shown "shares of 1:3 are 1:$ratio, $one s and $three s of CPU in 20 s"
 do_it insula machine delete one/only --force
 do_it insula machine delete three/only --force
 
