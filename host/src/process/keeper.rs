@@ -298,6 +298,8 @@ impl Keep {
             .process_group(0);
         // Whether it has one of its own, it says itself.
         let (child, _) = in_pid_namespace(&mut command)?;
+        // With it goes our copy of the child's end: one that dies before it is ready is noticed.
+        drop(command);
         let child = Buried {
             child,
             status: None,
