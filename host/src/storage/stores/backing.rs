@@ -55,7 +55,11 @@ impl Backing {
             if magic != MAGIC {
                 return Err(io::Error::new(ErrorKind::InvalidData, "this is no store"));
             }
-            u64::from_le_bytes(length)
+            if is_begun(&file)? {
+                u64::from_le_bytes(length)
+            } else {
+                0
+            }
         };
         Ok(Self {
             file,
@@ -112,6 +116,22 @@ impl Backing {
             self.account.give(&mut self.account.books(), gone);
         }
     }
+}
+
+/// Whether there is a database: its first bytes are written last when it is made, behind a sync. A
+/// crash before that left a length, and nothing that anybody was told of.
+fn is_begun(file: &File) -> io::Result<bool> {
+    let mut first = [0; 9];
+    let mut done = 0;
+    while done < first.len() {
+        match file.read_at(&mut first[done..], HEAD_BYTES + done as u64) {
+            Ok(0) => break,
+            Ok(count) => done += count,
+            Err(error) if error.kind() == ErrorKind::Interrupted => {}
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(first != [0; 9])
 }
 
 /// What a database gets.

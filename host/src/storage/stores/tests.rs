@@ -265,6 +265,27 @@ fn what_was_set_is_there_after_the_database_was_closed_or_was_not() {
 }
 
 #[test]
+fn what_a_crash_left_of_a_database_that_was_being_made_is_made_anew() {
+    let rig = Rig::new();
+    let volume = rig.volume(16 * MIB);
+    set(&Store::of(&volume).unwrap(), "a", b"1").unwrap();
+    volume.close_store();
+    let mut whole = std::fs::read(rig.dir.path().join(FILE)).unwrap();
+    // The database's own mark comes behind our block, and is written last.
+    whole[4_096..4_105].fill(0);
+    for left in [0, 8, 16, 4_096, 4_097, 4_105, 4_416] {
+        let rig = Rig::new();
+        std::fs::write(rig.dir.path().join(FILE), &whole[..left]).unwrap();
+        let volume = rig.volume(16 * MIB);
+        let store = Store::of(&volume).unwrap();
+        assert_eq!(store.get("a").unwrap(), None, "{left} bytes");
+        set(&store, "b", b"2").unwrap();
+        volume.close_store();
+        assert_eq!(store.get("b").unwrap().as_deref(), Some(&b"2"[..]));
+    }
+}
+
+#[test]
 fn it_is_closed_when_nobody_calls() {
     let rig = Rig::new();
     let volume = rig.volume(16 * MIB);
