@@ -48,9 +48,6 @@ use super::pace::{Ending, Lane};
 const RUNNERS_MAX: usize = 64;
 /// CPU time after which a runner gives a job back that could go on: a hand-over is a fiftieth of it.
 const TURN_NS: u64 = 1_000_000;
-/// A runner that had less than a quarter of so much lent time is starved: a burst of another process
-/// that is over sooner (answers read by a client on the same core, say) is none of its business.
-const STARVED_AFTER_NS: u64 = 4_000_000;
 /// A clock's reading that was not taken.
 const NOT_YET: u64 = u64::MAX;
 /// A runner that has had nothing to do for this long ends, and gives its heap back.
@@ -79,10 +76,7 @@ pub(super) struct Ticket {
     began_ns: AtomicU64,
     /// And when it ended.
     ended_ns: AtomicU64,
-    /// For how long it was lent a core since that was last looked at, and what it had of it.
-    lent_ns: AtomicU64,
-    had_ns: AtomicU64,
-    /// It did not get the core that it was lent: its next loans are with the claim of any thread.
+    /// It was lent a core and did not get it: it has the claim of any thread.
     starved: AtomicBool,
     /// What was charged of it so far.
     charged_ns: AtomicU64,
@@ -105,21 +99,15 @@ impl Ticket {
 
     /// The loan is over after `lent`, of which the slice had `used_ns` of CPU time.
     pub(super) fn pause(&self, lent: Duration, used_ns: u64) {
-        let lent_ns = u64::try_from(lent.as_nanos()).unwrap_or(u64::MAX);
-        let lent_ns = lent_ns.saturating_add(self.lent_ns.load(Ordering::Relaxed));
-        let had_ns = used_ns.saturating_add(self.had_ns.load(Ordering::Relaxed));
-        if self.starved.load(Ordering::Relaxed) {
+        // Shorter loans say little: the runner may just have been woken.
+        if lent >= Duration::from_millis(1) {
+            let starved = u128::from(used_ns) * 4 < lent.as_nanos();
+            if self.starved.swap(starved, Ordering::Relaxed) || starved {
+                self.runner.claim(Claim::Leftover);
+            }
+        } else if self.starved.load(Ordering::Relaxed) {
             self.runner.claim(Claim::Leftover);
         }
-        let looked = lent_ns >= STARVED_AFTER_NS;
-        if looked {
-            let starved = had_ns.saturating_mul(4) < lent_ns;
-            self.starved.store(starved, Ordering::Relaxed);
-        }
-        // Only the worker that lends comes here.
-        let (lent_ns, had_ns) = if looked { (0, 0) } else { (lent_ns, had_ns) };
-        self.lent_ns.store(lent_ns, Ordering::Relaxed);
-        self.had_ns.store(had_ns, Ordering::Relaxed);
     }
 
     /// Whether the slice is in the middle on a core that this worker lent.
@@ -256,8 +244,6 @@ impl Runners {
             runner: runner.clone(),
             began_ns: AtomicU64::new(NOT_YET),
             ended_ns: AtomicU64::new(NOT_YET),
-            lent_ns: AtomicU64::new(0),
-            had_ns: AtomicU64::new(0),
             starved: AtomicBool::new(false),
             charged_ns: AtomicU64::new(0),
             result: Mutex::new(None),
