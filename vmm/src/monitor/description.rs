@@ -236,10 +236,7 @@ impl MachineDescription {
         let (mut devices, mut meters) = (Vec::<Box<dyn VirtioDevice>>::new(), Vec::new());
         for disk in self.disks {
             let (serial, limits) = (disk.serial.parse()?, disk.limits);
-            let mut block = Block::new(disk.open(with)?, serial);
-            if limits != RateLimits::default() {
-                block = block.with_limits(limits)?;
-            }
+            let block = Block::new(disk.open(with)?, serial).with_limits(limits)?;
             meters.push(Meter::Disk(block.counts()));
             devices.push(Box::new(block));
         }
@@ -277,9 +274,6 @@ impl NetDescription {
         };
         let tap = Tap::adopt(with.take(self.tap)?)?;
         let net = Net::new(tap, identity, Mtu::default());
-        if self.limits == RateLimits::default() {
-            return Ok(net);
-        }
         Ok(net.with_limits(self.limits, self.limits)?)
     }
 }

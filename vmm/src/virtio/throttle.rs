@@ -28,15 +28,18 @@ pub(super) struct Throttle {
 }
 
 impl Throttle {
-    /// Full buckets, from now on.
-    pub(super) fn new(limits: RateLimits) -> io::Result<Self> {
+    /// Full buckets, from now on; nothing where nothing is limited.
+    pub(super) fn of(limits: RateLimits) -> io::Result<Option<Self>> {
+        if limits == RateLimits::default() {
+            return Ok(None);
+        }
         let flags = TimerfdFlags::NONBLOCK | TimerfdFlags::CLOEXEC;
-        Ok(Self {
+        Ok(Some(Self {
             limiter: RateLimiter::new(limits, Duration::ZERO),
             origin: Instant::now(),
             timer: timerfd_create(TimerfdClockId::Monotonic, flags)?,
             waits: false,
-        })
+        }))
     }
 
     /// Whether a request of that many bytes goes on now. If not, the device is called back.

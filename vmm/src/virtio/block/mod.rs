@@ -169,7 +169,7 @@ impl Block {
     /// # Errors
     /// No descriptor is to be had.
     pub fn with_limits(mut self, limits: RateLimits) -> io::Result<Self> {
-        self.throttle = Some(Throttle::new(limits)?);
+        self.throttle = Throttle::of(limits)?;
         Ok(self)
     }
 

@@ -238,8 +238,8 @@ impl Net {
     /// # Errors
     /// No descriptors are to be had.
     pub fn with_limits(mut self, receive: RateLimits, send: RateLimits) -> io::Result<Self> {
-        self.receive_throttle = Some(Throttle::new(receive)?);
-        self.send_throttle = Some(Throttle::new(send)?);
+        self.receive_throttle = Throttle::of(receive)?;
+        self.send_throttle = Throttle::of(send)?;
         Ok(self)
     }
 
