@@ -5,8 +5,8 @@
 //!    → a free compiler thread → child: component on stdin, artefact on stdout → seal → fsync
 //! ```
 //!
-//! The child limits its own memory and CPU and shuts itself in; this side limits its time, what it may say, and ends
-//! it when the host stops.
+//! The child limits its own memory and CPU and shuts itself in; this side limits its time and what it
+//! may say, and ends it when the host stops.
 
 use std::cell::{Cell, RefCell};
 use std::collections::HashMap;

@@ -82,7 +82,7 @@ const MEASURES: [Measure; 11] = [
 ];
 
 fn spec(root: PathBuf) -> Spec {
-    let among_others = !rustix::process::getpid().is_init();
+    let alone = rustix::process::getpid().is_init();
     let descriptors = getrlimit(Resource::Nofile).maximum;
     Spec {
         root,
@@ -96,9 +96,10 @@ fn spec(root: PathBuf) -> Spec {
             file_bytes: FILE_MAX_BYTES,
             threads: THREADS_MAX,
         },
-        capabilities: match among_others {
-            true => CapabilitySet::empty(),
-            false => OWN_CLAIMS,
+        capabilities: if alone {
+            OWN_CLAIMS
+        } else {
+            CapabilitySet::empty()
         },
         keep: Vec::new(),
     }

@@ -5,9 +5,8 @@
 //! so, spawns, and ends. Nothing happens to the other threads of the host, and no code runs
 //! between fork and exec.
 //!
-//! As process 1 of its namespace it ignores every signal that it has no handler for, but
-//! `SIGKILL` from outside; and whatever it might have forked dies
-//! with it.
+//! As process 1 of its namespace it ignores every signal that it has no handler for, but `SIGKILL`
+//! from outside; and whatever it might have forked dies with it.
 
 use std::io;
 use std::process::{Child, Command};
