@@ -19,6 +19,7 @@ use crate::alone::{self, Place};
 use crate::guests;
 use crate::http::Request;
 use crate::metrics::Metrics;
+use crate::proc;
 use crate::tenant::TenantPlan;
 use crate::wait::{holds, until};
 
@@ -318,7 +319,7 @@ impl TestHost {
     #[must_use]
     pub fn cpu_seconds(&self) -> f64 {
         let ticks = self.pids().map(|pid| {
-            let stat = proc_file(pid, "stat");
+            let stat = proc::file(pid, "stat");
             // Fields 14 to 17, counted after the name, which may hold anything; it is field 2.
             let (_, fields) = stat.rsplit_once(')').expect("proc(5)");
             let fields = fields.split_whitespace().skip(11).take(4);
@@ -335,10 +336,9 @@ impl TestHost {
     #[must_use]
     pub fn rss_bytes(&self) -> u64 {
         let kib = self.pids().map(|pid| {
-            let status = proc_file(pid, "status");
-            let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:"));
-            let kib = line.and_then(|rest| rest.split_whitespace().next()?.parse::<u64>().ok());
-            kib.expect("proc(5)")
+            let resident = proc::status(pid, "VmRSS").expect("proc(5)");
+            let kib = resident.strip_suffix(" kB").expect("proc(5)");
+            kib.parse::<u64>().expect("proc(5)")
         });
         kib.iter().sum::<u64>() * 1024
     }
@@ -356,7 +356,7 @@ impl TestHost {
     /// Mappings of the host's processes.
     #[must_use]
     pub fn mappings(&self) -> usize {
-        let mappings = |pid| proc_file(pid, "maps").lines().count();
+        let mappings = |pid| proc::file(pid, "maps").lines().count();
         self.pids().map(mappings).iter().sum()
     }
 
@@ -495,27 +495,12 @@ impl TestHost {
     }
 }
 
-fn proc_file(pid: u32, name: &str) -> String {
-    let path = format!("/proc/{pid}/{name}");
-    fs::read_to_string(&path).unwrap_or_else(|error| panic!("{path}: {error}"))
-}
-
 /// The child of a host that is its data plane, by what it was started as.
 fn data_process_of(control: u32) -> Option<u32> {
-    let children = fs::read_dir(format!("/proc/{control}/task")).ok()?;
-    let children = children.flatten().filter_map(|task| {
-        // proc(5): the children that this thread made.
-        fs::read_to_string(task.path().join("children")).ok()
-    });
-    let children: Vec<String> = children.collect();
-    children
-        .iter()
-        .flat_map(|line| line.split_whitespace())
-        .filter_map(|pid| pid.parse().ok())
-        .find(|pid| {
-            let started_as = fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
-            started_as.split(|byte| *byte == 0).nth(1) == Some(b"data-plane")
-        })
+    proc::children_of(control).into_iter().find(|pid| {
+        let started_as = fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+        started_as.split(|byte| *byte == 0).nth(1) == Some(b"data-plane")
+    })
 }
 
 impl Process {

@@ -12,6 +12,7 @@
 //!
 //! * [`host`]: the process under test: started, restarted, killed, looked at from outside
 //! * [`tenant`]: tenants and services, created and deployed through the admin API
+//! * [`proc`]: what the kernel says of a process
 //! * [`http`]: a blocking HTTP/1.1 client that shows what is on the wire
 //! * [`admin`]: the admin API
 //! * [`metrics`]: the Prometheus text format, read
@@ -33,6 +34,7 @@ pub mod host;
 pub mod http;
 pub mod load;
 pub mod metrics;
+pub mod proc;
 pub mod tenant;
 pub mod tools;
 pub mod wait;

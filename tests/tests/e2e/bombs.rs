@@ -9,8 +9,9 @@ use std::fs;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
+use insula_tests::http::Broken;
 use insula_tests::wait::holds;
-use insula_tests::{Service, TestHost, until};
+use insula_tests::{Answer, Service, TestHost, proc, until};
 
 use crate::handmade::{self, leb, module, section, vector};
 
@@ -353,8 +354,11 @@ impl Children {
     fn watch(&self, [pid, data]: [u32; 2]) -> u64 {
         let mut peak = 0;
         while !self.stop.load(Ordering::Relaxed) {
-            for child in children_of(pid).into_iter().filter(|pid| *pid != data) {
-                peak = peak.max(status_kib(child, "VmHWM:") * 1024);
+            for child in proc::children_of(pid)
+                .into_iter()
+                .filter(|pid| *pid != data)
+            {
+                peak = peak.max(status_kib(child, "VmHWM") * 1024);
             }
             std::thread::sleep(Duration::from_millis(2));
         }
@@ -362,22 +366,10 @@ impl Children {
     }
 }
 
-fn children_of(pid: u32) -> Vec<u32> {
-    let Ok(tasks) = fs::read_dir(format!("/proc/{pid}/task")) else {
-        return Vec::new();
-    };
-    let lists =
-        tasks.filter_map(|task| fs::read_to_string(task.ok()?.path().join("children")).ok());
-    let all: String = lists.collect();
-    let numbers = all.split_whitespace().map(str::parse);
-    numbers.filter_map(Result::ok).collect()
-}
-
 /// The first word of a field of `/proc/PID/status`.
 fn status_word(pid: u32, field: &str) -> Option<String> {
-    let status = fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
-    let line = status.lines().find_map(|line| line.strip_prefix(field))?;
-    line.split_whitespace().next().map(str::to_owned)
+    let value = proc::status(pid, field)?;
+    value.split_whitespace().next().map(str::to_owned)
 }
 
 fn status_kib(pid: u32, field: &str) -> u64 {
@@ -404,7 +396,7 @@ fn explode(host: &TestHost, service: &Service, (name, bytes): Bomb) -> (u16, u64
         (answer, watching.join().expect("a watcher"))
     });
     let cpu = host.cpu_seconds() - cpu;
-    let peaks = pids.map(|pid| status_kib(pid, "VmHWM:") * 1024);
+    let peaks = pids.map(|pid| status_kib(pid, "VmHWM") * 1024);
     let grown = peaks.iter().sum::<u64>().saturating_sub(rss);
     let code = if answer.status < 300 {
         String::new()
@@ -484,54 +476,54 @@ fn an_upload_that_is_packed_a_thousandfold_is_refused_unread() {
 /// A compiler that has shut itself in, and reads or compiles.
 fn compiler_of([control, data]: [u32; 2]) -> u32 {
     until(Duration::from_secs(10), "a compiler reads", || {
-        let mut children = children_of(control).into_iter();
-        let filtered = |pid: &u32| status_word(*pid, "Seccomp:").as_deref() == Some("2");
+        let mut children = proc::children_of(control).into_iter();
+        let filtered = |pid: &u32| status_word(*pid, "Seccomp").as_deref() == Some("2");
         let compiler = children.find(|pid| *pid != data && filtered(pid));
         compiler.ok_or_else(|| "none".to_owned())
     })
 }
 
-#[test]
-fn a_compiler_is_shut_in() {
-    let host = TestHost::start();
-    let service = host.tenant("left").create().service("bad").create();
-    let path = format!("{}/versions", service.path());
-    let (_, bytes) = endless_bombs().remove(0);
-    std::thread::scope(|scope| {
-        let upload = host.admin().upload(&path, bytes).patience(PATIENCE);
-        let uploading = scope.spawn(|| upload.send());
-        let compiler = compiler_of(host.pids());
-        let word = |field| status_word(compiler, field).expect("it compiles");
-        assert_eq!(word("NoNewPrivs:"), "1");
-        // Without root it has the user of control, who may look at nothing of it.
-        if status_word(host.pid(), "Uid:").as_deref() == Some("0") {
-            assert_ne!(word("Uid:"), "0");
-            assert_ne!(word("Gid:"), "0");
-            assert_eq!(word("CapEff:"), "0000000000000000");
-            let open = fs::read_dir(format!("/proc/{compiler}/fd")).expect("proc(5)");
-            assert_eq!(open.count(), 3, "input, output, errors");
-        } else {
-            eprintln!("skipped: an own user, since this is not root");
-        }
-        assert_eq!(uploading.join().expect("an upload").status, 422);
-    });
-}
-
-#[test]
-fn a_compiler_ends_with_its_host() {
-    let host = TestHost::start();
+/// Uploads what is compiled without end, and shows the compiler meanwhile; what the uploader heard.
+fn beside_a_compiler(host: &TestHost, look: impl FnOnce(u32)) -> Result<Answer, Broken> {
     let service = host.tenant("left").create().service("bad").create();
     let path = format!("{}/versions", service.path());
     let (_, bytes) = endless_bombs().remove(0);
     std::thread::scope(|scope| {
         let upload = host.admin().upload(&path, bytes).patience(PATIENCE);
         let uploading = scope.spawn(|| upload.try_send());
-        let compiler = compiler_of(host.pids());
+        look(compiler_of(host.pids()));
+        uploading.join().expect("an upload")
+    })
+}
+
+#[test]
+fn a_compiler_is_shut_in() {
+    let host = TestHost::start();
+    let answer = beside_a_compiler(&host, |compiler| {
+        let word = |field| status_word(compiler, field).expect("it compiles");
+        assert_eq!(word("NoNewPrivs"), "1");
+        // Without root it has the user of control, who may look at nothing of it.
+        if status_word(host.pid(), "Uid").as_deref() == Some("0") {
+            assert_ne!(word("Uid"), "0");
+            assert_ne!(word("Gid"), "0");
+            assert_eq!(word("CapEff"), "0000000000000000");
+            let open = fs::read_dir(format!("/proc/{compiler}/fd")).expect("proc(5)");
+            assert_eq!(open.count(), 3, "input, output, errors");
+        } else {
+            eprintln!("skipped: an own user, since this is not root");
+        }
+    });
+    assert_eq!(answer.expect("an answer").status, 422);
+}
+
+#[test]
+fn a_compiler_ends_with_its_host() {
+    let host = TestHost::start();
+    let answer = beside_a_compiler(&host, |compiler| {
         host.kill();
         until(Duration::from_secs(2), "the compiler is gone", || {
-            let state = status_word(compiler, "State:");
-            holds(state.is_none_or(|state| state == "Z"), "it runs")
+            holds(!proc::runs(compiler), "it runs")
         });
-        assert!(uploading.join().expect("an upload").is_err());
     });
+    assert!(answer.is_err());
 }

@@ -6,18 +6,8 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use insula_tests::wait::{holds, until};
-use insula_tests::{Service, TestHost, guests, load};
+use insula_tests::{Service, TestHost, guests, load, proc};
 use serde_json::json;
-
-/// Whether a process is there, and not only waits to be buried.
-fn runs(pid: u32) -> bool {
-    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
-    // proc(5): the state follows the name, which may hold anything.
-    let state = stat
-        .rsplit_once(") ")
-        .and_then(|(_, rest)| rest.chars().next());
-    state.is_some_and(|state| state != 'Z' && state != 'X')
-}
 
 /// Asks on connections of its own until one is answered; says how long that took.
 pub(crate) fn answered_after(service: &Service, since: Instant) -> Duration {
@@ -158,7 +148,7 @@ fn the_data_process_goes_with_a_control_that_is_killed() {
     let data = host.data_pid();
     host.kill();
     until(Duration::from_secs(1), "the data process is gone", || {
-        holds(!runs(data), "it runs")
+        holds(!proc::runs(data), "it runs")
     });
     host.start_again();
     assert_eq!(service.get("/").send().status, 200);
@@ -182,14 +172,9 @@ fn the_data_process_has_artefacts_open_and_nothing_else_of_the_data_directory() 
     assert!(open.len() > 4, "{open:?}");
 }
 
-/// A field of `/proc/PID/status`.
+/// A field of a process that lives.
 fn status(pid: u32, field: &str) -> String {
-    let text = std::fs::read_to_string(format!("/proc/{pid}/status")).expect("proc(5)");
-    let line = text.lines().find_map(|line| line.strip_prefix(field));
-    line.unwrap_or_else(|| panic!("{field}: {text}"))
-        .trim_start_matches(':')
-        .trim()
-        .to_owned()
+    proc::status(pid, field).unwrap_or_else(|| panic!("{field} of {pid}"))
 }
 
 /// Whether the host says that a wall around its data process stands.
