@@ -31,6 +31,7 @@ use crate::engine::artefact::ArtefactKey;
 use crate::link::{LinkError, socket};
 use crate::messages::{COMMAND_QUEUE, Command, FromData, REPORT_QUEUE, ToData};
 use crate::outbound::Inquiries;
+use crate::storage::look_at_the_limit;
 use crate::tls::{Certificate, Use};
 
 /// The whole life of the data process. To be called by the program before it has a second thread.
@@ -95,6 +96,7 @@ fn start(link: &Blocking, mut walls: Vec<Wall>) -> Result<Running, String> {
         artefact_key: ArtefactKey::from_bytes(settings.artefact_key),
     };
     let engine = data::engine(&config).map_err(|error| error.to_string())?;
+    look_at_the_limit();
     walls.extend(walls::raise(&settings.root));
     walls.push(walls::runners_give_way());
     let listeners = shared(listeners, settings.workers).map_err(|error| error.to_string())?;

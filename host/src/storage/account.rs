@@ -8,6 +8,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use insula_types::Bytes;
 use insula_types::volume::VolumeSpec;
 
+use super::places::Places;
 use super::{FileKey, Usage};
 
 /// Whose quota does not allow it.
@@ -39,6 +40,8 @@ pub struct TenantStorage {
     limit: AtomicU64,
     /// Of the tenant; `None` where nobody counts.
     memory: Option<Arc<dyn Purse>>,
+    /// What its guests have open.
+    pub(super) open: Places,
 }
 
 /// Memory that was taken.
@@ -62,6 +65,7 @@ impl Default for TenantStorage {
             used: AtomicU64::new(0),
             limit: AtomicU64::new(u64::MAX),
             memory: None,
+            open: Places::of_a_tenant(),
         }
     }
 }

@@ -27,6 +27,7 @@
 mod account;
 mod copy;
 mod pack;
+mod places;
 mod stores;
 #[cfg(test)]
 mod tests;
@@ -47,6 +48,7 @@ use account::{Account, Books, Open};
 pub use account::{Full, Purse, TenantStorage};
 pub use copy::{can_shut_in, clear, hand_over, has_openat2};
 pub use pack::{Packer, unpack};
+pub use places::{Place, look_at_the_limit};
 pub use stores::{Page, Store, StoreFault, Write};
 
 /// What files are counted in.
@@ -145,6 +147,13 @@ impl Volume {
     /// When there is none left.
     pub fn root(&self) -> io::Result<File> {
         self.root.try_clone()
+    }
+
+    /// A place for one of its files or directories to be open; `None` where guests have so many open
+    /// that there is none.
+    #[must_use]
+    pub fn place(&self) -> Option<Place> {
+        Place::take(&self.account.tenant)
     }
 
     /// Begins a change: others wait until it is over. Blocks.

@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 
 use insula_tests::http::Request;
 use insula_tests::load::Load;
-use insula_tests::{Service, TestHost, guests, load};
+use insula_tests::{Service, Tenant, TestHost, guests, load};
 use serde_json::{Value, json};
 
 use crate::{endless, samples};
@@ -54,6 +54,8 @@ pub(crate) struct Case {
     /// How every try ends.
     pub(crate) outcome: &'static str,
     sees: Sees,
+    /// Of its service, beside the limits.
+    spec: fn() -> Value,
     /// Bytes that are sent with each.
     body: usize,
     /// Tries at once.
@@ -61,6 +63,19 @@ pub(crate) struct Case {
 }
 
 impl Case {
+    /// Its service, with what that needs.
+    pub(crate) fn deploy(&self, host: &TestHost, tenant: &Tenant, name: &str) -> Service {
+        let spec = (self.spec)();
+        for volume in spec["volumes"].as_array().into_iter().flatten() {
+            let name = volume["name"].as_str().expect("a name");
+            let path = format!("/v1/tenants/{}/volumes/{name}", tenant.name());
+            host.admin().put(&path, &json!({"size": "1MiB"}));
+        }
+        let service = tenant.service(name).spec(spec);
+        let service = service.limits((self.limits)());
+        service.deploy_bytes(self.guest.component())
+    }
+
     /// Not while its guest goes on.
     pub(crate) const fn is_answered_at_the_end(&self) -> bool {
         !matches!(self.sees, Sees::Answer)
@@ -114,6 +129,7 @@ const fn problem(
         limits,
         outcome,
         sees: Sees::Problem(status),
+        spec: || json!({}),
         body: 0,
         at_once: 2,
     }
@@ -122,6 +138,10 @@ const fn problem(
 /// Which of them ends a guest.
 const FUEL: fn() -> Value = || json!({"fuel": "2M"});
 const TIME: fn() -> Value = || json!({"fuel": "1T", "timeout": "20ms"});
+
+/// A directory to open.
+const VOLUME: fn() -> Value =
+    || json!({"volumes": [{"name": "data", "path": "/data", "mode": "rw"}]});
 
 /// A handmade one that never ends by itself.
 const fn endless(
@@ -206,6 +226,20 @@ cases! {
     a_list_of_16_mib_traps = problem("hoard", "/list", || json!({}), "trap", 502);
     a_million_at_once_to_wait_for_trap = problem("hoard", "/poll", || json!({}), "trap", 502);
     random_bytes_of_4_gib_trap = problem("hoard", "/random", || json!({}), "trap", 502);
+    directories_without_end_trap = Case {
+        spec: VOLUME,
+        ..problem("hoard", "/directories", || json!({}), "trap", 502)
+    };
+    volumes_without_end_trap = Case {
+        spec: VOLUME,
+        ..problem("hoard", "/preopens", || json!({}), "trap", 502)
+    };
+    an_environment_again_and_again_runs_out_of_memory = Case {
+        spec: || json!({"env": {"E": "x".repeat(60_000)}}),
+        ..problem("hoard", "/environment", || json!({"memory": "8MiB"}), "out_of_memory", 502)
+    };
+    arguments_again_and_again_run_out_of_fuel =
+        problem("hoard", "/arguments", FUEL, "out_of_fuel", 504);
     an_input_that_never_comes_runs_out_of_fuel =
         problem("hoard", "/stdin", FUEL, "out_of_fuel", 504);
     a_message_of_a_mebibyte_traps = problem("hoard", "/message", || json!({}), "trap", 502);
@@ -257,10 +291,7 @@ fn attack(case: &Case) {
     let host = TestHost::start();
     let victim = host.tenant("victim").create().deploy("hello");
     let tenant = host.tenant("hostile").create();
-    let service = tenant
-        .service("hostile")
-        .limits((case.limits)())
-        .deploy_bytes(case.guest.component());
+    let service = case.deploy(&host, &tenant, "hostile");
     // A pool that has served so many at once keeps what it needs for it.
     let warm = load::times(200, case.at_once, &victim.get("/"));
     assert_eq!(warm.status(200), 200, "{warm:?}");
@@ -410,6 +441,57 @@ fn every_sample_has_a_test() {
         let known = hostile.iter().any(|sample| sample == tested);
         assert!(known || samples::TESTED.contains(&tested), "{tested}");
     }
+}
+
+/// Of a service's environment its guests get as much as its spec may have, and of arguments none.
+#[test]
+fn an_environment_of_64_mib_is_refused() {
+    const MIB: usize = 1 << 20;
+    let host = TestHost::start();
+    let tenant = host.tenant("hostile").create();
+    let service = tenant.deploy("hello");
+    let before = host.rss_bytes();
+    let many = |count: usize, bytes: usize| -> Value {
+        let value = "x".repeat(bytes);
+        (0..count)
+            .map(|n| (format!("E{n}"), value.clone()))
+            .collect()
+    };
+    for (what, spec) in [
+        ("one variable of 64 MiB", json!({"env": many(1, 64 * MIB)})),
+        ("64 variables of 1 MiB", json!({"env": many(64, MIB)})),
+        ("a million empty ones", json!({"env": many(1_000_000, 0)})),
+        (
+            "one byte more than there may be",
+            json!({"env": many(1, 64 << 10)}),
+        ),
+        (
+            "one variable more than there may be",
+            json!({"env": many(257, 1)}),
+        ),
+        ("arguments", json!({"args": ["x"]})),
+    ] {
+        for attempt in 0..4 {
+            let admin = host.admin();
+            let put = admin.request("PUT", &service.path());
+            let put = put
+                .header("content-type", "application/json")
+                .body(spec.to_string());
+            match put.try_send() {
+                Ok(answer) => assert!(
+                    (400..500).contains(&answer.status),
+                    "{what}, {attempt}: {} {}",
+                    answer.status,
+                    answer.text()
+                ),
+                // Refused by its length: the rest of the body is not read.
+                Err(broken) => assert!(spec.to_string().len() > MIB, "{what}: {broken:?}"),
+            }
+        }
+    }
+    let grown = host.rss_bytes().saturating_sub(before) >> 20;
+    assert!(grown <= MEMORY_SLACK_MIB, "{grown} MiB more");
+    assert_eq!(service.get("/").send().status, 200);
 }
 
 #[test]

@@ -28,8 +28,10 @@ use wasmtime_wasi::runtime::poll_noop;
 
 use super::guest::Guest;
 use super::outgoing::Patron;
-use crate::storage::{ChangeError, Handle, Volume};
+use crate::storage::{ChangeError, Handle, Place as OpenPlace, Volume};
 
+/// Files and directories that one guest has open at once.
+const OPEN_MAX: usize = 256;
 /// Streams of files that one guest has at once: each can hold 64 KiB.
 const STREAMS_MAX: usize = 64;
 /// Listings of directories that one guest has at once: each is in memory whole.
@@ -61,6 +63,8 @@ struct Held {
     volume: Arc<Volume>,
     /// `None` for a directory.
     file: Option<Arc<Handle>>,
+    /// Kept for as long as anything uses the descriptor.
+    place: Arc<OpenPlace>,
 }
 
 /// The files of one guest.

@@ -14,8 +14,8 @@ use wasmtime_wasi::p2::{
     FsError, FsResult, InputStream, OutputStream, Pollable, StreamError, StreamResult,
 };
 
-use super::begin;
 use super::view::write_at;
+use super::{OpenPlace, begin};
 use crate::engine::outgoing::Patron;
 use crate::storage::Handle;
 
@@ -27,6 +27,8 @@ pub(super) struct Target {
     pub(super) patron: Arc<dyn Patron>,
     pub(super) file: Arc<std::fs::File>,
     pub(super) handle: Arc<Handle>,
+    /// Kept although its descriptor is closed.
+    pub(super) _open: Arc<OpenPlace>,
     /// Held as long as the stream is there: there are so many.
     pub(super) _place: Arc<()>,
 }

@@ -15,7 +15,10 @@ use wasmtime_wasi::p2::{DynInputStream, DynOutputStream, FsError, FsResult, Read
 use wasmtime_wasi::{FsPerms, OpenMode};
 
 use super::streams::{Reader, Target, Writer};
-use super::{FilesView, Held, LISTINGS_MAX, Local, Place, STREAMS_MAX, away, now, refused};
+use super::{
+    FilesView, Held, LISTINGS_MAX, Local, OPEN_MAX, OpenPlace, Place, STREAMS_MAX, away, now,
+    refused,
+};
 use crate::engine::outgoing::Patron;
 use crate::storage::{BLOCK_BYTES, Change, FileKey, Handle, Usage, Volume};
 
@@ -36,23 +39,36 @@ impl FilesView<'_> {
         Ok(self.table.get(fd)?.clone())
     }
 
-    fn file(&self, fd: &Fd) -> FsResult<(Arc<std::fs::File>, FsPerms, Arc<Handle>)> {
-        let handle = self.held(fd)?.file;
-        match (self.table.get(fd)?, handle) {
+    fn file(&self, fd: &Fd) -> FsResult<(OpenFile, FsPerms)> {
+        let held = self.held(fd)?;
+        match (self.table.get(fd)?, held.file) {
             (Descriptor::File(file), Some(handle)) => {
-                Ok((Arc::clone(&file.file), file.perms, handle))
+                let open = OpenFile {
+                    file: Arc::clone(&file.file),
+                    handle,
+                    place: held.place,
+                };
+                Ok((open, file.perms))
             }
             _ => Err(ErrorCode::BadDescriptor.into()),
         }
     }
 
     /// A file that may be changed.
-    fn writable(&self, fd: &Fd) -> FsResult<(Arc<std::fs::File>, Arc<Handle>)> {
-        let (file, perms, handle) = self.file(fd)?;
+    fn writable(&self, fd: &Fd) -> FsResult<OpenFile> {
+        let (open, perms) = self.file(fd)?;
         if perms.write_not_permitted() {
             return Err(ErrorCode::NotPermitted.into());
         }
-        Ok((file, handle))
+        Ok(open)
+    }
+
+    /// A place for one more descriptor of this guest's.
+    fn place(&self, volume: &Volume) -> Option<Arc<OpenPlace>> {
+        if self.files.held.len() >= OPEN_MAX {
+            return None;
+        }
+        volume.place().map(Arc::new)
     }
 
     /// A call that changes no quota.
@@ -97,7 +113,7 @@ impl FilesView<'_> {
         }
     }
 
-    fn target(&self, file: Arc<std::fs::File>, handle: Arc<Handle>) -> FsResult<Target> {
+    fn target(&self, open: OpenFile) -> FsResult<Target> {
         let place = Arc::clone(&self.files.streams);
         // The files' own, and this one.
         if Arc::strong_count(&place) > STREAMS_MAX + 1 {
@@ -105,11 +121,19 @@ impl FilesView<'_> {
         }
         Ok(Target {
             patron: self.patron()?,
-            file,
-            handle,
+            file: open.file,
+            handle: open.handle,
+            _open: open.place,
             _place: place,
         })
     }
+}
+
+/// An open file, and what it holds.
+struct OpenFile {
+    file: Arc<std::fs::File>,
+    handle: Arc<Handle>,
+    place: Arc<OpenPlace>,
 }
 
 /// What is at a path; `None` where nothing is.
@@ -243,11 +267,14 @@ impl preopens::Host for FilesView<'_> {
             } else {
                 (FsPerms::ReadOnly, OpenMode::READ)
             };
+            let place = self.place(&mount.volume);
+            let place = place.ok_or_else(|| wasmtime::format_err!("too much is open"))?;
             let dir = Dir::new(mount.volume.root()?, perms, mode, true);
             let fd = self.table.push(Descriptor::Dir(dir))?;
             let held = Held {
                 volume: Arc::clone(&mount.volume),
                 file: None,
+                place,
             };
             self.files.held.insert(fd.rep(), held);
             directories.push((fd, path.clone()));
@@ -304,7 +331,7 @@ impl HostDescriptor for FilesView<'_> {
     }
 
     async fn set_size(&mut self, fd: Fd, size: u64) -> FsResult<()> {
-        let (file, handle) = self.writable(&fd)?;
+        let OpenFile { file, handle, .. } = self.writable(&fd)?;
         if i64::try_from(size).is_err() {
             return Err(ErrorCode::FileTooLarge.into());
         }
@@ -336,7 +363,7 @@ impl HostDescriptor for FilesView<'_> {
     }
 
     async fn write(&mut self, fd: Fd, bytes: Vec<u8>, offset: u64) -> FsResult<u64> {
-        let (file, handle) = self.writable(&fd)?;
+        let OpenFile { file, handle, .. } = self.writable(&fd)?;
         let patron = self.patron()?;
         away(&patron, move |_| {
             write_at(handle.volume(), &handle, &file, &bytes, Some(offset))
@@ -416,6 +443,8 @@ impl HostDescriptor for FilesView<'_> {
         flags: types::DescriptorFlags,
     ) -> FsResult<Fd> {
         let volume = self.held(&fd)?.volume;
+        // WASI 0.2 has no word for too many open files.
+        let place = self.place(&volume).ok_or(ErrorCode::InsufficientMemory)?;
         let (descriptor, handle) = self
             .changing(&fd, move |local, dir, change| {
                 open(local, dir, change, (path_flags, path), (oflags, flags))
@@ -423,7 +452,12 @@ impl HostDescriptor for FilesView<'_> {
             .await?;
         let fd = self.table.push(descriptor)?;
         let file = handle.map(Arc::new);
-        self.files.held.insert(fd.rep(), Held { volume, file });
+        let held = Held {
+            volume,
+            file,
+            place,
+        };
+        self.files.held.insert(fd.rep(), held);
         Ok(fd)
     }
 
@@ -496,22 +530,22 @@ impl HostDescriptor for FilesView<'_> {
         if let Descriptor::Dir(_) = self.table.get(&fd)? {
             return Err(ErrorCode::IsDirectory.into());
         }
-        let (file, _, handle) = self.file(&fd)?;
-        let reader = Reader::new(self.target(file, handle)?, offset);
+        let (open, _) = self.file(&fd)?;
+        let reader = Reader::new(self.target(open)?, offset);
         let reader: DynInputStream = Box::new(reader);
         Ok(self.table.push(reader)?)
     }
 
     fn write_via_stream(&mut self, fd: Fd, offset: u64) -> FsResult<Resource<DynOutputStream>> {
-        let (file, handle) = self.writable(&fd)?;
-        let writer = Writer::new(self.target(file, handle)?, Some(offset));
+        let open = self.writable(&fd)?;
+        let writer = Writer::new(self.target(open)?, Some(offset));
         let writer: DynOutputStream = Box::new(writer);
         Ok(self.table.push(writer)?)
     }
 
     fn append_via_stream(&mut self, fd: Fd) -> FsResult<Resource<DynOutputStream>> {
-        let (file, handle) = self.writable(&fd)?;
-        let writer = Writer::new(self.target(file, handle)?, None);
+        let open = self.writable(&fd)?;
+        let writer = Writer::new(self.target(open)?, None);
         let writer: DynOutputStream = Box::new(writer);
         Ok(self.table.push(writer)?)
     }

@@ -6,8 +6,11 @@
 
 use std::hint::black_box;
 
+use wasip2::cli::environment::{get_arguments, get_environment};
 use wasip2::cli::stdin::get_stdin;
 use wasip2::clocks::monotonic_clock;
+use wasip2::filesystem::preopens::get_directories;
+use wasip2::filesystem::types::{DescriptorFlags, OpenFlags, PathFlags};
 use wasip2::http::types::{Fields, IncomingRequest, OutgoingResponse, ResponseOutparam};
 use wasip2::io::poll;
 use wasip2::random::random;
@@ -27,6 +30,12 @@ impl wasip2::exports::http::incoming_handler::Guest for Component {
             "/pollables" => keep(|| monotonic_clock::subscribe_duration(WAIT_NS)),
             "/streams" => keep(get_stdin),
             "/outgoing" => keep(|| OutgoingResponse::new(Fields::new())),
+            "/directories" => directories(),
+            "/preopens" => keep(get_directories),
+            "/environment" => keep(get_environment),
+            "/arguments" => loop {
+                black_box(get_arguments());
+            },
             "/append" => append(),
             "/list" => {
                 let entry = ("x-flood".to_owned(), vec![b'x'; 1024]);
@@ -57,6 +66,17 @@ impl wasip2::exports::http::incoming_handler::Guest for Component {
 
 fn answer(to: ResponseOutparam) {
     ResponseOutparam::set(to, Ok(OutgoingResponse::new(Fields::new())));
+}
+
+/// Opens the volume that it has, again and again.
+fn directories() {
+    let volumes = get_directories();
+    let (volume, _) = volumes.first().expect("a volume");
+    let flags = (OpenFlags::DIRECTORY, DescriptorFlags::READ);
+    keep(|| {
+        let opened = volume.open_at(PathFlags::empty(), ".", flags.0, flags.1);
+        opened.expect("one more directory")
+    });
 }
 
 fn keep<T>(make: impl Fn() -> T) {

@@ -28,9 +28,7 @@ fn whoever_is_out_of_time_is_gone_within_50_ms() {
             continue;
         };
         tried += 1;
-        let service = tenant.service(&format!("s{number}"));
-        let service = service.limits((case.limits)());
-        let service = service.deploy_bytes(case.guest.component());
+        let service = case.deploy(&host, &tenant, &format!("s{number}"));
         let _ = load::times(1, 1, &case.request(&service));
         let load = load::times(TRIES, 1, &case.request(&service));
         let (middle, longest) = (load.quantile(0.5), load.quantile(1.0));
