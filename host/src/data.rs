@@ -480,6 +480,7 @@ impl Desk {
             outbound_rules: intent.spec.outbound.into(),
             usage_header: intent.spec.usage_header,
             versions: Versions::new(ready, &intent.traffic),
+            awaited: intent.awaited.into(),
             // A sticky header's name is a token by its type, which is all that this asks.
             sticky_header: sticky.and_then(|name| name.as_str().parse().ok()),
             stats,

@@ -3,7 +3,10 @@
 //! ```text
 //!  old host                                              new host (new program, same directory)
 //!  ────────                                              ────────────────────────────────────────
-//!  <data>/handover ◀───────────────── Take ───────────── the directory is locked
+//!  <data>/handover ◀───── Take, with its program ─────── the directory is locked
+//!  compiles with that what the other engine
+//!  has no code of; all goes on meanwhile
+//!                  ───────────── Preparing ────────────▶ says how far it is
 //!                  ───── Offer, with all listeners ────▶
 //!  admin API stops, state is closed, lock is let go
 //!                  ───────────── Released ─────────────▶ opens the state, starts its data process,
@@ -19,7 +22,8 @@
 //! while neither accepts waits in the kernel. Requests to the admin API wait there for the moment
 //! between `Released` and `Serving`.
 //!
-//! **Failure paths.** The new host fails before `Take`: nothing has happened. It fails between
+//! **Failure paths.** The new host fails before `Offer`: nothing has happened. What cannot be compiled
+//! for it holds nothing up: it says so, and is not served until it is. It fails between
 //! `Released` and `Serving`: the old one has let go of its state; it drains and ends with an error,
 //! and whatever started it starts it again. The old host fails: its data process goes with it, and
 //! with that the requests that it had.
@@ -32,20 +36,28 @@ use std::path::Path;
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
+use tokio::sync::watch;
 
+use crate::control::Progress;
 use crate::link::LinkError;
 use crate::link::socket::{self, Inbox};
 use crate::link::wire::{Message, MessageError, Parcel};
 use crate::messages::UsageDelta;
+use crate::state::EngineName;
 
 /// The socket's name in the data directory, to which nobody else has access.
 const SOCKET: &str = "handover";
 /// How long the other may take for a word that needs no work.
 const WORD_WITHIN: Duration = Duration::from_secs(5);
+/// How long it may say nothing while it compiles. Its end is noticed at once.
+const PREPARING_WITHIN: Duration = Duration::from_secs(60);
+/// How often the old host says how far it is with compiling.
+const SAY_EVERY: Duration = Duration::from_secs(1);
 /// How long the old host may take to let go of its state: requests to the admin API end first.
 const RELEASE_WITHIN: Duration = Duration::from_secs(60);
-/// How long the new one may take to serve.
-const SERVE_WITHIN: Duration = Duration::from_secs(60);
+/// How long the new one may take to serve. It may have to compile what was uploaded in the last moment;
+/// the old data process serves meanwhile.
+const SERVE_WITHIN: Duration = Duration::from_secs(120);
 
 /// Why a handover failed.
 #[derive(Debug, thiserror::Error)]
@@ -63,7 +75,8 @@ pub enum HandoverError {
 
 #[derive(Debug, Serialize, Deserialize)]
 enum Word {
-    Take,
+    Take { engine: EngineName },
+    Preparing(Progress),
     Offer { ingress: usize },
     Released,
     Serving,
@@ -73,7 +86,8 @@ enum Word {
 impl Word {
     const fn name(&self) -> &'static str {
         match self {
-            Self::Take => "take",
+            Self::Take { .. } => "take",
+            Self::Preparing(_) => "preparing",
             Self::Offer { .. } => "offer",
             Self::Released => "released",
             Self::Serving => "serving",
@@ -167,13 +181,18 @@ impl Waiting {
         Ok(Self { socket, listeners })
     }
 
-    /// Waits until a new host has asked and was made the offer. May be dropped at any time.
-    pub(crate) async fn successor(&self) -> Successor {
+    /// Waits until a new host has asked, everything was compiled for its engine, with its program, and
+    /// it was made the offer. `prepare` does that, and tells how far it is until it is done. May be
+    /// dropped at any time.
+    pub(crate) async fn successor(
+        &self,
+        prepare: impl Fn(EngineName, OwnedFd) -> watch::Receiver<Progress>,
+    ) -> Successor {
         loop {
             let taken = async {
                 let socket = tokio::net::UnixListener::from_std(self.socket.try_clone()?)?;
                 let (stream, _) = socket.accept().await?;
-                self.offer(stream.into_std()?)
+                self.offer(stream.into_std()?, &prepare).await
             };
             match taken.await {
                 Ok(successor) => return successor,
@@ -185,12 +204,23 @@ impl Waiting {
         }
     }
 
-    fn offer(&self, stream: UnixStream) -> Result<Successor, HandoverError> {
+    async fn offer(
+        &self,
+        stream: UnixStream,
+        prepare: impl Fn(EngineName, OwnedFd) -> watch::Receiver<Progress>,
+    ) -> Result<Successor, HandoverError> {
         stream.set_nonblocking(false)?;
+        stream.set_write_timeout(Some(WORD_WITHIN))?;
         let mut line = Line::new(stream);
-        match line.hear(WORD_WITHIN)?.word {
-            Word::Take => {}
-            other => return Err(HandoverError::OutOfTurn(other.name())),
+        let Note { word, mut files } = line.hear(WORD_WITHIN)?;
+        let (Word::Take { engine }, Some(program)) = (&word, files.pop()) else {
+            return Err(HandoverError::OutOfTurn(word.name()));
+        };
+        let mut progress = prepare(engine.clone(), program);
+        // An error says that the other host is gone, and ends the preparation.
+        while let Ok(Ok(())) | Err(_) = tokio::time::timeout(SAY_EVERY, progress.changed()).await {
+            let now = *progress.borrow_and_update();
+            line.say(Word::Preparing(now))?;
         }
         let mut files = Vec::with_capacity(self.listeners.ingress.len() + 1);
         for listener in &self.listeners.ingress {
@@ -232,18 +262,40 @@ impl Successor {
 #[derive(Debug)]
 pub(crate) struct Predecessor(Line);
 
-/// Asks the host that holds a data directory to hand over. `None` where it does not wait for that.
+/// Asks the host that holds a data directory to hand over to one with this engine and program. `None` where it does not wait for that.
 ///
 /// # Errors
 /// [`HandoverError`] when it does, and then fails.
-pub(crate) fn take(data: &Path) -> Result<Option<(Predecessor, Listeners)>, HandoverError> {
+pub(crate) fn take(
+    data: &Path,
+    engine: &EngineName,
+    program: &Path,
+) -> Result<Option<(Predecessor, Listeners)>, HandoverError> {
     let (_dir, path) = reach(data)?;
     let Ok(stream) = UnixStream::connect(path) else {
         return Ok(None);
     };
     let mut line = Line::new(stream);
-    line.say(Word::Take)?;
-    let Note { word, mut files } = line.hear(WORD_WITHIN)?;
+    let word = Word::Take {
+        engine: engine.clone(),
+    };
+    let files = vec![OwnedFd::from(std::fs::File::open(program)?)];
+    line.say(Note { word, files })?;
+    let mut before = Progress::default();
+    let (word, mut files) = loop {
+        match line.hear(PREPARING_WITHIN)? {
+            Note {
+                word: Word::Preparing(progress),
+                ..
+            } => {
+                if progress != before {
+                    tracing::info!("{progress}");
+                }
+                before = progress;
+            }
+            Note { word, files } => break (word, files),
+        }
+    };
     let (ingress, admin) = match (word, files.pop()) {
         (Word::Offer { ingress }, Some(admin)) if ingress == files.len() => (files, admin),
         (other, _) => return Err(HandoverError::OutOfTurn(other.name())),

@@ -176,6 +176,8 @@ pub struct ServiceIntent<F = File> {
     /// names only. The service is refused when one with a share cannot be loaded; others are left
     /// out.
     pub versions: Vec<IntendedVersion<F>>,
+    /// Versions that there is no code for yet: whoever asks for one is to come again.
+    pub awaited: Vec<VersionNumber>,
     /// The volumes that `spec` uses, in the order of [`ServiceSpec::used_volumes`].
     pub mounts: Vec<VolumeId>,
 }
@@ -286,6 +288,7 @@ impl<F> ServiceIntent<F> {
             spec: self.spec,
             traffic: self.traffic,
             versions,
+            awaited: self.awaited,
             mounts: self.mounts,
         })
     }

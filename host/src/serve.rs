@@ -15,12 +15,12 @@ use crate::control::Steps;
 use crate::control::machine::Machine;
 use crate::control::{self, Compiler, ControlConfig, ControlPlane, Seal};
 use crate::engine::artefact::{self, ArtefactKey};
-use crate::engine::config::WASMTIME_VERSION;
+use crate::engine::config::wasmtime_version;
 use crate::handover::{self, HandoverError, Listeners, Predecessor, Successor, Waiting};
 use crate::messages::DataEvent;
 use crate::process::keeper::{self, DataSpec, Keeper};
-use crate::state::DataDir;
 use crate::state::dir::DataDirError;
+use crate::state::{DataDir, EngineName, NoEngineName};
 use crate::storage::has_openat2;
 use crate::tls::{self, Certificate, TlsError, TlsFiles, Use};
 
@@ -38,6 +38,9 @@ pub enum StartError {
          kept apart"
     )]
     NoOpenat2,
+    /// The engine.
+    #[error(transparent)]
+    Engine(#[from] NoEngineName),
     /// The data directory.
     #[error(transparent)]
     DataDir(#[from] DataDirError),
@@ -120,7 +123,8 @@ impl Host {
             ingress: UrlScheme::of(ingress_certificate.as_ref()),
             admin: UrlScheme::of(admin_certificate.as_ref()),
         };
-        let (directory, inherited) = open(&config.data_dir)?;
+        let engine = EngineName::try_from(crate::engine::compatibility())?;
+        let (directory, inherited) = open(&config.data_dir, &engine, &compiler.program)?;
         let (predecessor, listeners) = inherited.unzip();
         let listeners = self::listeners(&config, listeners, admin_certificate.as_ref())?;
         let offered = Listeners {
@@ -134,8 +138,8 @@ impl Host {
         let key = directory.key(KEY_FILE).map_err(StartError::Key)?;
         let seal: Seal = {
             let key = ArtefactKey::from_bytes(key);
-            Arc::new(move |digest, artefact| {
-                artefact::seal(&key, digest, artefact).map(|head| head.to_vec())
+            Arc::new(move |engine, digest, artefact| {
+                artefact::seal(&key, engine.as_str(), digest, artefact).map(|head| head.to_vec())
             })
         };
         let (data, events) = keeper::start(
@@ -167,8 +171,9 @@ impl Host {
                 workers: config.workers,
                 instances: config.instances,
                 ceiling: config.ceiling,
-                engine_version: WASMTIME_VERSION.to_owned(),
-                compatibility: crate::engine::compatibility(),
+                engine_version: wasmtime_version().to_owned(),
+                engine,
+                inherits: predecessor.is_some(),
                 compiler,
                 seal,
                 machines: config.machines,
@@ -226,10 +231,14 @@ impl Host {
         drop(self.data);
     }
 
-    /// Waits until another host asks to take over ([`crate::handover`]). May be dropped at any time.
+    /// Waits until another host asks to take over ([`crate::handover`]), and everything is compiled for
+    /// it. May be dropped at any time.
     pub async fn successor(&self) -> Successor {
         match &self.waiting {
-            Some(waiting) => waiting.successor().await,
+            Some(waiting) => {
+                let prepare = |engine, program| self.control.prepare(engine, program);
+                waiting.successor(prepare).await
+            }
             None => std::future::pending().await,
         }
     }
@@ -262,13 +271,17 @@ impl Host {
 }
 
 /// Opens the data directory, or has it handed over by the host that holds it.
-fn open(path: &Path) -> Result<(DataDir, Option<(Predecessor, Listeners)>), StartError> {
+fn open(
+    path: &Path,
+    engine: &EngineName,
+    program: &Path,
+) -> Result<(DataDir, Option<(Predecessor, Listeners)>), StartError> {
     let locked = match DataDir::open(path) {
         Ok(directory) => return Ok((directory, None)),
         Err(error @ DataDirError::Locked(_)) => error,
         Err(error) => return Err(error.into()),
     };
-    let Some((predecessor, listeners)) = handover::take(path)? else {
+    let Some((predecessor, listeners)) = handover::take(path, engine, program)? else {
         return Err(locked.into());
     };
     tracing::info!("the host that was here hands over");

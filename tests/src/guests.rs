@@ -1,5 +1,7 @@
 //! The samples, built by `cargo xtask guests`.
 
+use std::fs;
+use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 
 /// The root of the repository.
@@ -34,6 +36,31 @@ pub fn insula() -> PathBuf {
         path.display()
     );
     path
+}
+
+/// A copy of the host's binary that is of another engine: where the engine's version stands in it,
+/// there is another one. Answers that version.
+///
+/// # Panics
+/// When it cannot be made.
+pub fn another_engine(version: &str, copy: &Path) -> String {
+    let mut program = fs::read(insula()).expect("a program");
+    let (version, mut places) = (version.as_bytes(), 0);
+    let (last, rest) = version.split_last().expect("a version");
+    let other = [rest, &[if *last == b'9' { b'1' } else { b'9' }]].concat();
+    let mut at = 0;
+    while let Some(next) = program[at..].iter().position(|byte| *byte == version[0]) {
+        at += next;
+        if program[at..].starts_with(version) {
+            program[at..][..version.len()].copy_from_slice(&other);
+            places += 1;
+        }
+        at += 1;
+    }
+    assert!(places > 0, "the program has no version of an engine in it");
+    fs::write(copy, program).expect("a program");
+    fs::set_permissions(copy, fs::Permissions::from_mode(0o755)).expect("a program");
+    String::from_utf8(other).expect("digits")
 }
 
 /// Where a sample's component lies.

@@ -100,6 +100,7 @@ struct Shared {
 /// How its process is started, again and again.
 #[derive(Debug)]
 struct Start {
+    program: Mutex<PathBuf>,
     args: Vec<String>,
     env: Vec<(String, OsString)>,
     through: Option<PathBuf>,
@@ -163,7 +164,12 @@ impl TestHost {
         }
         let shared = Shared {
             root,
-            start: Start { args, env, through },
+            start: Start {
+                program: Mutex::new(guests::insula()),
+                args,
+                env,
+                through,
+            },
             process: Mutex::new(None),
             said: Mutex::default(),
             _place: place,
@@ -458,6 +464,11 @@ impl TestHost {
         assert!(ended.is_none(), "it ended by itself:\n{}", self.said());
     }
 
+    /// What is started from now on is this program.
+    pub fn install(&self, program: PathBuf) {
+        *lock(&self.shared.start.program) = program;
+    }
+
     /// Starts another host in the same directory, which takes over, and waits for the end of this one.
     ///
     /// # Panics
@@ -523,8 +534,13 @@ impl Process {
     }
 
     fn spawn(root: &Path, start: &Start) -> (Self, ChildStdout) {
-        let Start { args, env, through } = start;
-        let insula = guests::insula();
+        let Start {
+            program,
+            args,
+            env,
+            through,
+        } = start;
+        let insula = lock(program).clone();
         let mut command = Command::new(through.as_ref().unwrap_or(&insula));
         if through.is_some() {
             command.arg(&insula);

@@ -13,6 +13,7 @@ use std::collections::HashMap;
 use std::ffi::OsString;
 use std::fs::File;
 use std::io::{PipeReader, PipeWriter, Read};
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::process::ExitStatusExt;
 use std::path::PathBuf;
 use std::process::{Child, Command, ExitStatus, Stdio};
@@ -28,8 +29,8 @@ use tokio::sync::Semaphore;
 
 use super::problem::{Code, Problem};
 use crate::config::ARTEFACT_MAX;
-use crate::state::Worker;
 use crate::state::blobs::Unplaced;
+use crate::state::{EngineName, Worker};
 
 /// Compilations at once.
 pub(crate) const COMPILES_MAX: usize = 2;
@@ -67,7 +68,42 @@ impl Default for Compiler {
 
 /// Makes an artefact trustworthy: gives what goes before it, which
 /// [`crate::engine::artefact::open`] checks.
-pub type Seal = Arc<dyn Fn(&Digest, &mut dyn Read) -> std::io::Result<Vec<u8>> + Send + Sync>;
+pub type Seal =
+    Arc<dyn Fn(&EngineName, &Digest, &mut dyn Read) -> std::io::Result<Vec<u8>> + Send + Sync>;
+
+/// What is compiled for, and what compiles for it.
+#[derive(Debug)]
+pub(crate) struct Target {
+    pub(crate) engine: EngineName,
+    compiler: Compiler,
+    /// What `compiler` names, where that is a file which somebody else has opened.
+    _program: Option<OwnedFd>,
+}
+
+impl Target {
+    /// This host.
+    pub(crate) const fn own(engine: EngineName, compiler: Compiler) -> Self {
+        Self {
+            engine,
+            compiler,
+            _program: None,
+        }
+    }
+
+    /// A host that is to take over from this one, by its name for its engine and its open program.
+    pub(crate) fn successor(engine: EngineName, program: OwnedFd) -> Self {
+        let path = format!("/proc/self/fd/{}", program.as_raw_fd());
+        let compiler = Compiler {
+            program: path.into(),
+            ..Compiler::default()
+        };
+        Self {
+            engine,
+            compiler,
+            _program: Some(program),
+        }
+    }
+}
 
 /// Why there is no artefact.
 #[derive(Debug, thiserror::Error)]
@@ -101,7 +137,6 @@ impl From<CompileError> for Problem {
 
 /// What one compiler thread owns.
 struct Bench {
-    compiler: Compiler,
     seal: Seal,
     /// Ends, and so becomes readable, when the host stops.
     stop: PipeReader,
@@ -109,6 +144,7 @@ struct Bench {
 
 /// A job for a compiler thread: two empty files and the component.
 pub(crate) struct CompileJob {
+    pub(crate) target: Arc<Target>,
     pub(crate) component: File,
     pub(crate) digest: Digest,
     pub(crate) raw: Unplaced,
@@ -132,14 +168,13 @@ pub(crate) struct Compilers {
 }
 
 impl Compilers {
-    pub(crate) fn start(compiler: &Compiler, seal: &Seal) -> std::io::Result<Self> {
+    pub(crate) fn start(seal: &Seal) -> std::io::Result<Self> {
         // The kernel keeps 15 bytes of a name.
         const NAMES: [&str; COMPILES_MAX] = ["insula-compile0", "insula-compile1"];
         let (reader, writer) = std::io::pipe()?;
         let mut idle = Vec::new();
         for name in NAMES {
             let bench = Bench {
-                compiler: compiler.clone(),
                 seal: Arc::clone(seal),
                 stop: reader.try_clone()?,
             };
@@ -184,12 +219,13 @@ impl Compilers {
         })
     }
 
-    async fn run(&self, job: CompileJob) -> Result<Compiled, Problem> {
+    async fn run(&self, job: CompileJob, begins: impl FnOnce()) -> Result<Compiled, Problem> {
         let stopping = |_| Problem::from(CompileError::Stopping);
         let _permit = self.permits.acquire().await.map_err(stopping)?;
         // As many workers as permits; one that panicked is not put back, and its permit goes too.
         let worker = self.idle.borrow_mut().pop();
         let worker = worker.ok_or_else(|| Problem::internal(&"no compiler thread is left"))?;
+        begins();
         let compiled = worker.run(move |bench| bench.compile(job)).await?;
         self.idle.borrow_mut().push(worker);
         Ok(compiled?)
@@ -204,14 +240,19 @@ pub(crate) struct Ticket {
 }
 
 impl Ticket {
-    /// Compiles, after the tenant's other compilations.
-    pub(crate) async fn compile(&self, job: CompileJob) -> Result<Compiled, Problem> {
+    /// Compiles, after the tenant's other compilations, and when it is its turn among all; says when that
+    /// is.
+    pub(crate) async fn compile(
+        &self,
+        job: CompileJob,
+        begins: impl FnOnce(),
+    ) -> Result<Compiled, Problem> {
         let _turn = self
             .lane
             .acquire()
             .await
             .map_err(|error| Problem::internal(&error))?;
-        self.compilers.run(job).await
+        self.compilers.run(job, begins).await
     }
 }
 
@@ -231,7 +272,8 @@ impl Drop for Ticket {
 impl Bench {
     fn compile(&self, mut job: CompileJob) -> Result<Compiled, CompileError> {
         let begun = Instant::now();
-        self.run_child(job.component, job.raw.writer()?)?;
+        let target = &job.target;
+        self.run_child(&target.compiler, job.component, job.raw.writer()?)?;
         if job.raw.reader()?.metadata()?.len() > ARTEFACT_MAX.get() {
             let detail = format!(
                 "the compiled code is larger than {} bytes",
@@ -241,7 +283,7 @@ impl Bench {
         }
         // Read twice, and never held as a whole: it is as large as its sender wanted it. Were it
         // not the same both times, it would not open.
-        let head = (self.seal)(&job.digest, &mut job.raw.reader()?)?;
+        let head = (self.seal)(&target.engine, &job.digest, &mut job.raw.reader()?)?;
         job.sealed.write(&head)?;
         let mut artefact = job.raw.reader()?;
         let mut piece = vec![0; COPIED_AT_ONCE];
@@ -260,9 +302,14 @@ impl Bench {
         })
     }
 
-    fn run_child(&self, component: File, artefact: File) -> Result<(), CompileError> {
-        let child = Command::new(&self.compiler.program)
-            .args(&self.compiler.arguments)
+    fn run_child(
+        &self,
+        compiler: &Compiler,
+        component: File,
+        artefact: File,
+    ) -> Result<(), CompileError> {
+        let child = Command::new(&compiler.program)
+            .args(&compiler.arguments)
             .env_clear()
             .current_dir("/")
             .stdin(component)
@@ -270,7 +317,7 @@ impl Bench {
             .stderr(Stdio::piped())
             .spawn()?;
         let mut child = Reaped(child);
-        let stderr = self.watch(&mut child)?;
+        let stderr = self.watch(&mut child, compiler.timeout)?;
         let status = child.0.wait()?;
         let stderr = String::from_utf8_lossy(&stderr).into_owned();
         match (status.code(), status.signal()) {
@@ -285,8 +332,8 @@ impl Bench {
     }
 
     /// Reads standard error until the child has ended, it takes too long or the host stops.
-    fn watch(&self, child: &mut Reaped) -> Result<Vec<u8>, CompileError> {
-        let deadline = Instant::now() + self.compiler.timeout;
+    fn watch(&self, child: &mut Reaped, limit: Duration) -> Result<Vec<u8>, CompileError> {
+        let deadline = Instant::now() + limit;
         let pid = i32::try_from(child.0.id()).ok().and_then(Pid::from_raw);
         let pid = pid.ok_or_else(|| std::io::Error::other("a child without a pid"))?;
         let ended = pidfd_open(pid, PidfdFlags::empty()).map_err(std::io::Error::from)?;
@@ -297,7 +344,7 @@ impl Bench {
         loop {
             let left = deadline.saturating_duration_since(Instant::now());
             if left.is_zero() {
-                let limit = self.compiler.timeout.as_secs_f32();
+                let limit = limit.as_secs_f32();
                 return Err(CompileError::Limit(format!(
                     "it took longer than {limit} s"
                 )));

@@ -12,6 +12,7 @@
 //! start serves the version. Data's refusal takes the activation back.
 
 use std::rc::Rc;
+use std::sync::Arc;
 
 use http::StatusCode;
 use insula_types::{Digest, ServiceId, TenantId, Traffic, VersionNumber, VolumeId};
@@ -20,14 +21,14 @@ use serde_json::{Value, json};
 
 use super::Control;
 use super::changes::{Actor, Remember};
-use super::compile::{CompileJob, Compiled, Ticket};
+use super::compile::{CompileJob, Compiled, Target, Ticket};
 use super::documents::{self, Urls};
 use super::link::LinkError;
 use super::problem::{Code, Problem};
 use super::trials::Verdict;
 use crate::messages::{IntendedVersion, LogRecord, LogSource, Refusal, ServiceIntent, ToData};
 use crate::state::blobs::{Kind, Unplaced};
-use crate::state::{Audit, Held, NewVersion, Service, Worker};
+use crate::state::{Audit, Held, NewVersion, Service};
 
 /// A component whose artefact is there or on its way.
 #[derive(Debug)]
@@ -43,14 +44,20 @@ pub(crate) struct Prepared {
 pub(crate) async fn prepare(
     control: &Control,
     ticket: &Ticket,
+    service: &Service,
     component: Unplaced,
 ) -> Result<Prepared, Problem> {
     let digest = component.digest();
     let size_bytes = component.size_bytes();
-    let compiled = if has_artefact(control, digest).await? {
+    let target = &control.target;
+    let compiled = if has_artefact(control, target, digest).await? {
         None
     } else {
-        Some(compile(control, ticket, digest, component.reader()?).await?)
+        let tell = |kind| control.events.service(kind, service, None);
+        tell("version.queued");
+        let begins = || tell("version.compiling");
+        let component = component.reader()?;
+        Some(compile(control, ticket, target, (digest, component), begins).await?)
     };
     let component = control
         .files
@@ -67,10 +74,15 @@ pub(crate) async fn prepare(
     })
 }
 
-pub(crate) async fn has_artefact(control: &Control, digest: Digest) -> Result<bool, Problem> {
+pub(crate) async fn has_artefact(
+    control: &Control,
+    target: &Arc<Target>,
+    digest: Digest,
+) -> Result<bool, Problem> {
+    let target = Arc::clone(target);
     let found = control
         .files
-        .run(move |files| files.find(Kind::Artefact, &digest))
+        .run(move |files| files.find(Kind::ArtefactFor(&target.engine), &digest))
         .await?;
     Ok(found?.is_some())
 }
@@ -78,21 +90,22 @@ pub(crate) async fn has_artefact(control: &Control, digest: Digest) -> Result<bo
 async fn compile(
     control: &Control,
     ticket: &Ticket,
-    digest: Digest,
-    component: std::fs::File,
+    target: &Arc<Target>,
+    (digest, component): (Digest, std::fs::File),
+    begins: impl FnOnce(),
 ) -> Result<Compiled, Problem> {
     let (raw, sealed) = control
         .files
         .run(|files| files.create().and_then(|a| Ok((a, files.create()?))))
         .await??;
-    ticket
-        .compile(CompileJob {
-            component,
-            digest,
-            raw,
-            sealed,
-        })
-        .await
+    let job = CompileJob {
+        target: Arc::clone(target),
+        component,
+        digest,
+        raw,
+        sealed,
+    };
+    ticket.compile(job, begins).await
 }
 
 /// What is to become of a prepared component.
@@ -388,12 +401,16 @@ async fn mounts_of(control: &Control, service: &Service) -> Result<Vec<VolumeId>
 
 async fn tell_service(control: &Control, service: &Service) -> Result<(), ApplyError> {
     let intent = intent(control, service).await?;
+    let intent = ToData::Service(Box::new(intent));
     Ok(control.link.apply(intent).await?)
 }
 
 /// What data is to know of a service, with the artefacts of the versions that it keeps ready. An
 /// artefact that is missing matters where its version has a share.
-pub(crate) async fn intent(control: &Control, service: &Service) -> Result<ToData, ApplyError> {
+pub(crate) async fn intent(
+    control: &Control,
+    service: &Service,
+) -> Result<ServiceIntent, ApplyError> {
     let held = service.held.clone();
     let opened = control.files.run(move |files| {
         let open = |held: &Held| files.find(Kind::Artefact, &held.digest);
@@ -406,13 +423,14 @@ pub(crate) async fn intent(control: &Control, service: &Service) -> Result<ToDat
         .map_err(|error| ApplyError::Files(error.into()))?
         .map_err(|error| ApplyError::Files(error.into()))?;
     let mut versions = Vec::with_capacity(opened.len());
+    let mut awaited = Vec::new();
     for (Held { number, digest }, artefact) in opened {
         let serves = service.traffic.share(number).unwrap_or(0) > 0;
         match artefact {
             None if serves => {
                 return Err(LinkError::Refused(Refusal::ArtefactMissing(digest)).into());
             }
-            None => {}
+            None => awaited.push(number),
             artefact => versions.push(IntendedVersion {
                 number,
                 digest,
@@ -420,14 +438,35 @@ pub(crate) async fn intent(control: &Control, service: &Service) -> Result<ToDat
             }),
         }
     }
-    let intent = ServiceIntent {
+    Ok(ServiceIntent {
+        versions,
+        awaited,
+        ..without_versions(control, service).await?
+    })
+}
+
+async fn without_versions(
+    control: &Control,
+    service: &Service,
+) -> Result<ServiceIntent, ApplyError> {
+    Ok(ServiceIntent {
         id: service.id,
         tenant: service.tenant,
         name: service.name.clone(),
         spec: service.spec.clone(),
         traffic: service.traffic.clone(),
-        versions,
+        versions: Vec::new(),
+        awaited: Vec::new(),
         mounts: mounts_of(control, service).await?,
+    })
+}
+
+/// What data is to know of a service as long as there is no code for it.
+pub(crate) async fn unserved(control: &Control, service: &Service) -> Result<ToData, ApplyError> {
+    let intent = ServiceIntent {
+        traffic: Traffic::none(),
+        awaited: service.held.iter().map(|held| held.number).collect(),
+        ..without_versions(control, service).await?
     };
     Ok(ToData::Service(Box::new(intent)))
 }
@@ -439,17 +478,18 @@ pub(crate) async fn ensure_artefact(
     tenant: TenantId,
     digest: Digest,
 ) -> Result<(), Problem> {
-    if has_artefact(control, digest).await? {
+    if has_artefact(control, &control.target, digest).await? {
         return Ok(());
     }
     let ticket = control.compilers.enter(tenant)?;
-    compile_stored(control, &ticket, digest).await
+    compile_stored(control, &ticket, &control.target, digest).await
 }
 
-/// Compiles a stored component.
+/// Compiles a stored component, for this host or for another one.
 pub(crate) async fn compile_stored(
     control: &Control,
     ticket: &Ticket,
+    target: &Arc<Target>,
     digest: Digest,
 ) -> Result<(), Problem> {
     let found = control
@@ -458,18 +498,15 @@ pub(crate) async fn compile_stored(
         .await??;
     let component = found
         .ok_or_else(|| Problem::internal(&format_args!("the component {digest} is missing")))?;
-    let compiled = compile(control, ticket, digest, component).await?;
+    let compiled = compile(control, ticket, target, (digest, component), || {}).await?;
     let _mutation = control.mutation.lock().await;
-    place_artefact(&control.files, digest, compiled).await
-}
-
-async fn place_artefact(
-    files: &Worker<crate::state::Blobs>,
-    digest: Digest,
-    compiled: Compiled,
-) -> Result<(), Problem> {
-    let artefact = compiled.artefact;
-    Ok(files
-        .run(move |files| files.place(Kind::Artefact, &digest, artefact))
-        .await??)
+    let target = Arc::clone(target);
+    let placed = control.files.run(move |files| {
+        files.place(
+            Kind::ArtefactFor(&target.engine),
+            &digest,
+            compiled.artefact,
+        )
+    });
+    Ok(placed.await??)
 }

@@ -23,6 +23,7 @@ use std::cell::{Cell, RefCell};
 use std::collections::{HashMap, HashSet};
 use std::net::SocketAddr;
 use std::rc::Rc;
+use std::sync::Arc;
 
 use insula_types::spec::RequestLimits;
 use insula_types::{Digest, VolumeId};
@@ -65,6 +66,7 @@ mod upload;
 pub use auth::AdminTokenError;
 pub use compile::{Compiler, Seal};
 pub use machines::{AtEnd, MachinesConfig};
+pub(crate) use recompile::Progress;
 pub(crate) use start::Steps;
 pub use start::{ControlConfig, ControlPlane, StartError, listen, start};
 
@@ -105,6 +107,8 @@ pub(crate) struct Control {
     /// Whether the state still takes changes.
     pub(crate) health: Health,
     pub(crate) compilers: Rc<compile::Compilers>,
+    /// What is compiled for: this host.
+    pub(crate) target: Arc<compile::Target>,
     pub(crate) link: link::DataLink,
     /// Those of the data process that there is.
     pub(crate) walls: RefCell<Vec<Wall>>,
@@ -142,6 +146,14 @@ impl Control {
     /// Time since the start, for what only compares.
     pub(crate) fn uptime(&self) -> std::time::Duration {
         self.started_at.elapsed()
+    }
+
+    /// All that is intended has been told, with its code where it has any.
+    fn all_is_served(&self) {
+        if self.readiness.get() == Readiness::Reconciling {
+            self.readiness.set(Readiness::Ready);
+            self.events.host("host.ready");
+        }
     }
 
     /// Runs a job on the state thread.
@@ -248,6 +260,12 @@ impl Control {
             self.ledger.borrow_mut().put_back(&pending);
         }
         stored
+    }
+
+    /// Whether nothing refers to any of these any more.
+    async fn are_gone(&self, digests: &[Digest]) -> bool {
+        let stored = self.digests().await;
+        stored.is_ok_and(|stored| !digests.iter().any(|digest| stored.contains(digest)))
     }
 
     /// All digests that versions, images and machines have.

@@ -5,24 +5,35 @@
 //! 3. Every tenant, volume and service is sent to data, with its directory or artefact.
 //! 4. A service whose artefact is missing (another engine or CPU) or refused (damaged) is sent
 //!    without a version; its component is compiled again in the background, and sent again.
-//! 5. Data is told to accept connections; when the last compilation is done ([`recompile`]), the host
-//!    is ready.
+//! 5. Data is told to accept connections; when the last of these is compiled ([`recompile`]), the host
+//!    is ready. After them it is the turn of versions that answer under their preview names only.
+//!
+//! A host that takes over from another one finds everything compiled, but for what was uploaded in the
+//! last moment, or could not be compiled. That it tries before it accepts, since the other one still
+//! serves: for a while ([`BEFORE_IT_ACCEPTS`]), and then as above.
 //!
 //! For a data plane that was started again it is 3 to 5. Changes go on meanwhile up to their commit,
 //! and are sent when all is told: what was read here before that commit is old, and is put right.
 
 use std::rc::Rc;
+use std::time::Duration;
 
-use insula_types::{Digest, ServiceName, TenantName, Traffic};
+use insula_types::{Digest, ServiceName, TenantName};
+use tokio::time::Instant;
 
 use super::api::volumes;
 use super::deploy::{self, ApplyError};
 use super::http_types::PAGE_MAX;
 use super::link::{Life, LinkError};
 use super::problem::{Code, Problem};
+use super::recompile::Job;
 use super::{Control, Readiness, recompile};
 use crate::messages::{Refusal, ToData};
 use crate::state::{Page, Service, Tenant};
+
+/// How long a host that takes over from another begins to compile what is missing before it accepts. The
+/// admin API is away meanwhile.
+const BEFORE_IT_ACCEPTS: Duration = Duration::from_secs(30);
 
 /// Steps 1 and 2, once; then the others, until a data plane knows everything.
 pub(super) async fn reconcile(control: &Rc<Control>) -> Result<(), Problem> {
@@ -48,9 +59,11 @@ pub(super) async fn reconcile(control: &Rc<Control>) -> Result<(), Problem> {
     }
     // Before the tenants: of their memory machines have a part.
     super::machines::find(control).await?;
+    let inherits = control.config.inherits;
+    let patience = inherits.then(|| Instant::now() + BEFORE_IT_ACCEPTS);
     loop {
         let life = control.link.alive().await;
-        match tell(control, life).await {
+        match tell(control, life, patience).await {
             // It died of it, perhaps; its keeper starts others, and says so.
             Err(problem) if problem.code() == Code::DataUnavailable => {}
             told => return told,
@@ -63,7 +76,7 @@ pub(super) fn tell_again(control: &Rc<Control>) {
     let background = Rc::clone(control);
     control.spawn(async move {
         let life = background.link.alive().await;
-        while let Err(problem) = tell(&background, life).await {
+        while let Err(problem) = tell(&background, life, None).await {
             if !background.link.is(life) {
                 // Another task does this for the next one.
                 return;
@@ -77,9 +90,23 @@ pub(super) fn tell_again(control: &Rc<Control>) {
 /// Pause before another attempt to read the state.
 const TELL_PAUSE: std::time::Duration = std::time::Duration::from_secs(1);
 
+/// What data was told without its code.
+#[derive(Debug, Default)]
+struct Left {
+    /// Until when it is compiled at once.
+    patience: Option<Instant>,
+    /// Services that cannot be served.
+    broken: Vec<Service>,
+    /// Those that are served, and have versions that are not.
+    incomplete: Vec<Service>,
+}
+
 /// Steps 3 to 5; what is left to compile goes on in the background.
-async fn tell(control: &Rc<Control>, life: Life) -> Result<(), Problem> {
-    let mut broken = Vec::new();
+async fn tell(control: &Rc<Control>, life: Life, patience: Option<Instant>) -> Result<(), Problem> {
+    let mut left = Left {
+        patience,
+        ..Left::default()
+    };
     let mut page = Page {
         after: None,
         limit: PAGE_MAX,
@@ -88,7 +115,7 @@ async fn tell(control: &Rc<Control>, life: Life) -> Result<(), Problem> {
         let asked = page.clone();
         let tenants = control.store(move |store| store.tenants(&asked)).await?;
         for tenant in tenants.items {
-            send_tenant(control, life, &tenant, &mut broken).await?;
+            send_tenant(control, life, &tenant, &mut left).await?;
         }
         page.after = tenants.next;
         if page.after.is_none() {
@@ -100,35 +127,48 @@ async fn tell(control: &Rc<Control>, life: Life) -> Result<(), Problem> {
     if control.readiness.get() == Readiness::Stopping {
         return Ok(());
     }
-    if broken.is_empty() {
-        control.readiness.set(Readiness::Ready);
+    control.readiness.set(Readiness::Reconciling);
+    if left.broken.is_empty() {
+        control.all_is_served();
+    }
+    let (serve, preview) = jobs(control, left).await?;
+    if serve.is_empty() && preview.is_empty() {
         return Ok(());
     }
-    control.readiness.set(Readiness::Reconciling);
     tracing::warn!(
-        services = broken.len(),
+        services = serve.len(),
+        previews = preview.len(),
         "compiling again what has no usable artefact"
     );
-    // Data does not say which artefact it refused first; all that serve are made again.
-    let jobs = broken
-        .into_iter()
-        .map(|service| (serving(&service), service));
-    let background = Rc::clone(control);
-    let compiled = recompile::in_order(control, jobs.collect());
-    control.spawn(async move {
-        compiled.await;
-        if background.readiness.get() == Readiness::Reconciling {
-            background.readiness.set(Readiness::Ready);
-        }
-    });
+    let needed = serve.len();
+    let jobs = serve.into_iter().chain(preview).collect();
+    control.spawn(recompile::in_order(control, jobs, needed));
     Ok(())
+}
+
+/// What has to be compiled that serves, and what does not.
+async fn jobs(control: &Rc<Control>, left: Left) -> Result<(Vec<Job>, Vec<Job>), Problem> {
+    // Data does not say which artefact it refused first; all that serve are made again.
+    let serve = left.broken.iter();
+    let serve = serve.map(|service| (serving(service), service.clone()));
+    let serve: Vec<Job> = serve.collect();
+    let mut preview = Vec::new();
+    for service in left.broken.into_iter().chain(left.incomplete) {
+        let mut digests = recompile::missing(control, &control.target, &service).await?;
+        let first = serving(&service);
+        digests.retain(|digest| !first.contains(digest));
+        if !digests.is_empty() {
+            preview.push((digests, service));
+        }
+    }
+    Ok((serve, preview))
 }
 
 async fn send_tenant(
     control: &Rc<Control>,
     life: Life,
     tenant: &Tenant,
-    broken: &mut Vec<Service>,
+    left: &mut Left,
 ) -> Result<(), Problem> {
     control.ledger.borrow_mut().add_tenant(tenant.id);
     if let Err(error) = control.link.tell(life, control.envelope(tenant)).await {
@@ -149,7 +189,7 @@ async fn send_tenant(
             .store(move |store| store.services(&name, &asked))
             .await?;
         for service in services.items {
-            send_service(control, life, service, broken).await?;
+            send_service(control, life, service, left).await?;
         }
         page.after = services.next;
         if page.after.is_none() {
@@ -170,30 +210,38 @@ async fn send_service(
     control: &Rc<Control>,
     life: Life,
     service: Service,
-    broken: &mut Vec<Service>,
+    left: &mut Left,
 ) -> Result<(), Problem> {
     control
         .ledger
         .borrow_mut()
         .add_service(service.tenant, service.id);
     control.logs.borrow_mut().add_service(service.id);
-    match tell_service(control, life, &service).await {
-        Ok(()) => Ok(()),
-        Err(ApplyError::Link(LinkError::Refused(refusal))) => {
+    let mut told = tell_service(control, life, &service).await;
+    if left.patience.is_some_and(|until| Instant::now() < until) && has_no_code(&told) {
+        let digests = serving(&service);
+        let compiled = recompile::compile(control, &control.target, &service, &digests);
+        match compiled.await {
+            Ok(()) => told = tell_service(control, life, &service).await,
+            Err(problem) => tracing::error!(
+                service = %service.id, problem = problem.detail(), "a service has no code"
+            ),
+        }
+    }
+    match told {
+        Ok(Told::Whole) => Ok(()),
+        Ok(Told::WithoutPreviews) => {
+            left.incomplete.push(service);
+            Ok(())
+        }
+        Err(ApplyError::Link(LinkError::Refused(ref refusal))) => {
             tracing::warn!(service = %service.id, %refusal, "a service is not served yet");
-            let dark = Service {
-                traffic: Traffic::none(),
-                held: Vec::new(),
-                ..service.clone()
-            };
-            if let Err(error) = tell_service(control, life, &dark).await {
+            let unserved = deploy::unserved(control, &service).await?;
+            if let Err(error) = control.link.tell(life, unserved).await {
                 tracing::error!(service = %service.id, %error, "data refused a service");
             }
-            if matches!(
-                refusal,
-                Refusal::ArtefactMissing(_) | Refusal::ArtefactRefused { .. }
-            ) {
-                broken.push(service);
+            if has_no_code(&told) {
+                left.broken.push(service);
             }
             Ok(())
         }
@@ -201,9 +249,39 @@ async fn send_service(
     }
 }
 
-async fn tell_service(control: &Control, life: Life, service: &Service) -> Result<(), ApplyError> {
+/// What data knows of a service now.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Told {
+    Whole,
+    WithoutPreviews,
+}
+
+fn has_no_code(told: &Result<Told, ApplyError>) -> bool {
+    let Err(ApplyError::Link(LinkError::Refused(refusal))) = told else {
+        return false;
+    };
+    matches!(
+        refusal,
+        Refusal::ArtefactMissing(_) | Refusal::ArtefactRefused { .. }
+    )
+}
+
+async fn tell_service(
+    control: &Control,
+    life: Life,
+    service: &Service,
+) -> Result<Told, ApplyError> {
     let intent = deploy::intent(control, service).await?;
-    Ok(control.link.tell(life, intent).await?)
+    let told = if intent.awaited.is_empty() {
+        Told::Whole
+    } else {
+        Told::WithoutPreviews
+    };
+    control
+        .link
+        .tell(life, ToData::Service(Box::new(intent)))
+        .await?;
+    Ok(told)
 }
 
 /// The components of what serves.

@@ -1,6 +1,7 @@
 //! Starting and stopping control.
 
 use std::net::SocketAddr;
+use std::os::fd::OwnedFd;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::thread::JoinHandle;
@@ -12,15 +13,16 @@ use tokio::sync::{Mutex, Semaphore, mpsc, oneshot, watch};
 use tokio::task::{JoinSet, LocalSet};
 
 use super::auth::{self, AdminTokenError};
-use super::compile::{Compiler, Compilers, Seal};
+use super::compile::{Compiler, Compilers, Seal, Target};
 use super::link::DataLink;
 use super::machine::Machine;
 use super::machines::{self, MachinesConfig, Told};
+use super::recompile::{self, Progress, Successor};
 use super::{Control, Readiness, STREAMS_MAX, pump, reconcile, server};
 use crate::config::UrlScheme;
 use crate::messages::{AtRest, DataEvent, UsageDelta};
 use crate::state::sqlite::OpenError;
-use crate::state::{Blobs, DataDir, Health, SqliteStore, Store, Timestamp, Worker};
+use crate::state::{Blobs, DataDir, EngineName, Health, SqliteStore, Store, Timestamp, Worker};
 use crate::tls::Certificate;
 
 /// What control is started with.
@@ -45,7 +47,9 @@ pub struct ControlConfig {
     /// Version of the engine, as metrics show it.
     pub engine_version: String,
     /// Names what artefacts are good for.
-    pub compatibility: String,
+    pub engine: EngineName,
+    /// Whether another host serves until this one does.
+    pub inherits: bool,
     /// How to compile.
     pub compiler: Compiler,
     /// How to seal what was compiled.
@@ -107,6 +111,7 @@ pub enum StartError {
 pub struct ControlPlane {
     admin: SocketAddr,
     stop: Option<oneshot::Sender<Stop>>,
+    successors: mpsc::Sender<Successor>,
     thread: Option<JoinHandle<()>>,
 }
 
@@ -122,6 +127,21 @@ impl ControlPlane {
         let handover = None;
         self.stop(Stop { drain, handover });
         self.end();
+    }
+
+    /// Begins to compile what another host needs that is to take over. The end is when nobody tells of
+    /// progress any more.
+    pub(crate) fn prepare(
+        &self,
+        engine: EngineName,
+        program: OwnedFd,
+    ) -> watch::Receiver<Progress> {
+        let (progress, told) = watch::channel(Progress::default());
+        let target = Arc::new(Target::successor(engine, program));
+        // Where control is gone or busy with one that has just given up, that is the end at once, and
+        // the other host compiles by itself.
+        let _ = self.successors.try_send(Successor { target, progress });
+        told
     }
 
     /// Begins to stop in favour of another host; to be ended by dropping this.
@@ -236,6 +256,7 @@ pub fn start(
 ) -> Result<ControlPlane, StartError> {
     let (started, start) = std::sync::mpsc::sync_channel(1);
     let (stop, stopped) = oneshot::channel();
+    let (successors, successors_in) = mpsc::channel(1);
     let thread = std::thread::Builder::new()
         .name("insula-control".to_owned())
         .spawn(move || {
@@ -246,7 +267,13 @@ pub fn start(
             let result = runtime.map_err(StartError::from).and_then(|runtime| {
                 local.block_on(
                     &runtime,
-                    run(config, data, (events, listener), &started, stopped),
+                    run(
+                        config,
+                        data,
+                        (events, successors_in, listener),
+                        &started,
+                        stopped,
+                    ),
                 )
             });
             if let Err(error) = result {
@@ -267,6 +294,7 @@ pub fn start(
     Ok(ControlPlane {
         admin,
         stop: Some(stop),
+        successors,
         thread: Some(thread),
     })
 }
@@ -278,7 +306,11 @@ async fn run(
     config: ControlConfig,
     // Dropped last: with it goes the lock.
     data: DataDir,
-    (events, listener): (mpsc::Receiver<DataEvent>, std::net::TcpListener),
+    (events, successors, listener): (
+        mpsc::Receiver<DataEvent>,
+        mpsc::Receiver<Successor>,
+        std::net::TcpListener,
+    ),
     started: &Started,
     stopped: oneshot::Receiver<Stop>,
 ) -> Result<(), StartError> {
@@ -293,6 +325,7 @@ async fn run(
         StartError::Reconcile(problem.detail().to_owned())
     })?;
     let tick = background.spawn_local(pump::tick(Rc::clone(&control)));
+    background.spawn_local(recompile::for_successors(Rc::clone(&control), successors));
     tracing::info!(admin = %control.admin, "the admin API is ready");
     // The starter waits for this.
     let _ = started.send(Ok(control.admin));
@@ -364,7 +397,7 @@ fn open(
 ) -> Result<(Rc<Control>, TcpListener, Told), StartError> {
     let health = Health::default();
     let mut store: Box<dyn Store> = Box::new(SqliteStore::open(data, health.clone())?);
-    let files = Blobs::open(data, &config.compatibility, health.clone())?;
+    let files = Blobs::open(data, config.engine.clone(), health.clone())?;
     let now = Timestamp::now();
     auth::ensure_admin_token(data, store.as_mut(), now)?;
     let admin = listener.local_addr()?;
@@ -374,7 +407,8 @@ fn open(
     let (machines, told) = machines::Room::open(data, config.machines.clone())?;
     let control = Control {
         machines,
-        compilers: Rc::new(Compilers::start(&config.compiler, &config.seal)?),
+        compilers: Rc::new(Compilers::start(&config.seal)?),
+        target: Arc::new(Target::own(config.engine.clone(), config.compiler.clone())),
         config,
         admin,
         started: now,

@@ -16,8 +16,6 @@ use hmac::{Hmac, KeyInit, Mac};
 use insula_types::Digest;
 use sha2::Sha256;
 
-use super::config::compatibility;
-
 const MAGIC: &[u8; 8] = b"INSULA1\n";
 const COMPAT_BYTES: usize = 16;
 const MAC_AT: usize = MAGIC.len() + COMPAT_BYTES + 32;
@@ -69,19 +67,25 @@ fn mac(key: &ArtefactKey, header: &[u8]) -> Hmac<Sha256> {
     mac
 }
 
-/// Seals what the compiler made of the component with this digest: gives what belongs before the
-/// artefact. The artefact may be large, and is read piece by piece.
+/// Seals what the compiler of this engine made of the component with this digest: gives what belongs
+/// before the artefact. The artefact may be large, and is read piece by piece.
 ///
 /// # Errors
-/// Those of reading it.
+/// Those of reading it; [`io::ErrorKind::InvalidInput`] when the engine's name is not as long as those
+/// of engines are.
 pub fn seal(
     key: &ArtefactKey,
+    engine: &str,
     digest: &Digest,
     artefact: &mut dyn Read,
 ) -> io::Result<[u8; BODY_AT]> {
     let mut head = [0; BODY_AT];
     head[..MAGIC.len()].copy_from_slice(MAGIC);
-    head[MAGIC.len()..][..COMPAT_BYTES].copy_from_slice(compatibility().as_bytes());
+    let engine: &[u8; COMPAT_BYTES] = engine
+        .as_bytes()
+        .try_into()
+        .map_err(|_| io::ErrorKind::InvalidInput)?;
+    head[MAGIC.len()..][..COMPAT_BYTES].copy_from_slice(engine);
     head[MAC_AT - 32..MAC_AT].copy_from_slice(digest.as_bytes());
     let mut mac = mac(key, &head[..MAC_AT]);
     let mut piece = [0; 16 << 10];
@@ -133,15 +137,16 @@ mod tests {
     fn only_the_right_key_digest_and_bytes_open() {
         let key = ArtefactKey::from_bytes([7; 32]);
         let digest = Digest::new([1; 32]);
-        let compat = compatibility();
-        let head = seal(&key, &digest, &mut &b"code"[..]).unwrap();
+        let compat = "0123456789abcdef";
+        assert!(seal(&key, "c0ffee", &digest, &mut &b""[..]).is_err());
+        let head = seal(&key, compat, &digest, &mut &b"code"[..]).unwrap();
         let sealed = [&head[..], b"code"].concat();
-        assert_eq!(open(&key, &digest, &compat, &sealed), Ok(&b"code"[..]));
+        assert_eq!(open(&key, &digest, compat, &sealed), Ok(&b"code"[..]));
         let other = ArtefactKey::from_bytes([8; 32]);
-        assert_eq!(open(&other, &digest, &compat, &sealed), Err(SealError::Mac));
+        assert_eq!(open(&other, &digest, compat, &sealed), Err(SealError::Mac));
         let wrong = Digest::new([2; 32]);
         assert_eq!(
-            open(&key, &wrong, &compat, &sealed),
+            open(&key, &wrong, compat, &sealed),
             Err(SealError::Component)
         );
         let engine = "0".repeat(COMPAT_BYTES);
@@ -152,9 +157,9 @@ mod tests {
         for at in 0..sealed.len() {
             let mut bent = sealed.clone();
             bent[at] ^= 1;
-            assert!(open(&key, &digest, &compat, &bent).is_err(), "byte {at}");
+            assert!(open(&key, &digest, compat, &bent).is_err(), "byte {at}");
             assert!(
-                open(&key, &digest, &compat, &sealed[..at]).is_err(),
+                open(&key, &digest, compat, &sealed[..at]).is_err(),
                 "cut at {at}"
             );
         }

@@ -35,6 +35,10 @@ const WHOLE_MAX_BYTES: usize = 64 << 10;
 /// How long an answer with `insula-usage` waits for its guest's end, to have it in the head.
 const USAGE_WAIT: Duration = Duration::from_millis(50);
 
+/// What a client that asks for a service which is still compiled waits before it asks again, in
+/// seconds: what most services take; how many are before it, only control knows.
+const COMPILES_FOR_S: u64 = 1;
+
 /// Where a request came from.
 #[derive(Debug, Clone)]
 pub(super) struct Origin {
@@ -120,6 +124,9 @@ pub(super) async fn handle(
     drop(routes);
     pays(&service);
     let Some(active) = service.version_for(preview, request.headers(), &request_id) else {
+        if service.awaits(preview) {
+            return come_again(&service, began, request_id);
+        }
         return refuse(&service, Outcome::NotFound, began, request_id);
     };
     let length = declared_length(request.headers());
@@ -194,6 +201,16 @@ fn refuse(
 ) -> Response<OutBody> {
     service.record_refusal(outcome, began.elapsed(), 0);
     own(problem::problem(outcome, request_id))
+}
+
+/// The code of what is asked for is still compiled, after a new engine.
+fn come_again(service: &ServiceEntry, began: Instant, request_id: RequestId) -> Response<OutBody> {
+    let outcome = Outcome::HostOverloaded;
+    service.record_refusal(outcome, began.elapsed(), 0);
+    let title = "The service is being compiled for this host; try again later";
+    let status = problem::status(outcome);
+    let response = problem::detailed(status, outcome, title, request_id);
+    own(problem::retry(response, Some(COMPILES_FOR_S)))
 }
 
 fn too_large(service: &ServiceEntry, request_id: RequestId) -> Response<Bytes> {

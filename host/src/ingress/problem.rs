@@ -69,8 +69,13 @@ pub fn overloaded(
     request_id: RequestId,
     retry_after: Option<u64>,
 ) -> Response<Bytes> {
-    let mut response = problem(outcome, request_id);
-    if let Some(seconds) = retry_after {
+    retry(problem(outcome, request_id), retry_after)
+}
+
+/// The same answer, with the seconds after which the client may try again.
+#[must_use]
+pub fn retry(mut response: Response<Bytes>, after: Option<u64>) -> Response<Bytes> {
+    if let Some(seconds) = after {
         let seconds = HeaderValue::from(seconds);
         response.headers_mut().insert(RETRY_AFTER, seconds);
     }

@@ -184,6 +184,7 @@ mod tests {
             outbound_rules: Arc::default(),
             usage_header: false,
             versions: Default::default(),
+            awaited: Arc::default(),
             sticky_header: None,
             stats: Arc::new(crate::pool::entries::ServiceStats::new(
                 registry,

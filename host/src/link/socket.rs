@@ -214,6 +214,7 @@ mod tests {
                 },
                 traffic: Traffic::none(),
                 versions: (0..files).map(version).collect(),
+                awaited: Vec::new(),
                 mounts: Vec::new(),
             })),
         }

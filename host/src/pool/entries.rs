@@ -77,6 +77,8 @@ pub struct ServiceEntry {
     pub usage_header: bool,
     /// What serves, and how much of it.
     pub versions: Versions,
+    /// Versions whose code is still compiled.
+    pub awaited: Arc<[VersionNumber]>,
     /// The header whose value decides while traffic is split.
     pub sticky_header: Option<HeaderName>,
     /// What outlives a change: counters and the log.
@@ -178,6 +180,15 @@ impl ServiceEntry {
             None => Choice::Shared(&[]),
         };
         self.versions.choose(self.id.get(), choice)
+    }
+
+    /// Whether the version that a request would get is still compiled.
+    #[must_use]
+    pub fn awaits(&self, preview: Option<VersionNumber>) -> bool {
+        match preview {
+            Some(number) => self.awaited.contains(&number),
+            None => !self.awaited.is_empty(),
+        }
     }
 
     /// Its metric series.

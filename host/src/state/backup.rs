@@ -31,7 +31,7 @@ use super::blobs::Kind;
 use super::dir::{DataDirError, sync_dir};
 use super::sqlite::OpenError;
 use super::volumes::VolumeDirectory;
-use super::{Blobs, DataDir, Health, SqliteStore, Store, StoreError, Volume};
+use super::{Blobs, DataDir, EngineName, Health, SqliteStore, Store, StoreError, Volume};
 use crate::config::COMPONENT_MAX;
 use crate::storage::{Packer, unpack as unpack_volume};
 
@@ -253,7 +253,9 @@ pub fn restore(backup: impl Read, path: &Path) -> Result<Restored, RestoreError>
         return Err(RestoreError::NotEmpty(path.to_owned()));
     }
     let data = DataDir::open(path)?;
-    let mut blobs = Blobs::open(&data, "restored", Health::default())?;
+    // Nothing is compiled here.
+    let engine = EngineName::try_from("0".to_owned()).map_err(io::Error::other)?;
+    let mut blobs = Blobs::open(&data, engine, Health::default())?;
     let unpacked = unpack(backup, &data, &mut blobs)?;
     check(&data, &unpacked)?;
     let dir = data.dir()?;
@@ -411,7 +413,12 @@ mod tests {
     /// A host with one service and two versions, and its backup.
     fn backup(path: &Path) -> (Vec<u8>, Vec<Digest>) {
         let data = DataDir::open(path).unwrap();
-        let mut blobs = Blobs::open(&data, "c", Health::default()).unwrap();
+        let mut blobs = Blobs::open(
+            &data,
+            EngineName::try_from("c".to_owned()).unwrap(),
+            Health::default(),
+        )
+        .unwrap();
         let mut store = SqliteStore::open(&data, Health::default()).unwrap();
         let now = Timestamp::from_millis(1);
         let (tenant, name) = ("a".parse().unwrap(), "web".parse().unwrap());
@@ -477,7 +484,12 @@ mod tests {
                 .map(insula_types::VersionNumber::get),
             Some(2)
         );
-        let blobs = Blobs::open(&data, "c", Health::default()).unwrap();
+        let blobs = Blobs::open(
+            &data,
+            EngineName::try_from("c".to_owned()).unwrap(),
+            Health::default(),
+        )
+        .unwrap();
         for digest in &digests {
             assert!(blobs.find(Kind::Component, digest).unwrap().is_some());
         }

@@ -14,6 +14,7 @@ use cap_std::fs::{Dir, OpenOptions, OpenOptionsExt};
 use insula_types::Digest;
 use rustix::fs::OFlags;
 use rustix::io::Errno;
+use serde::{Deserialize, Serialize};
 use sha2::Digest as _;
 
 use super::Health;
@@ -26,19 +27,61 @@ pub struct Blobs {
     artefacts: Dir,
     pub(super) volumes: Dir,
     temporary: Dir,
-    /// Names the engine, its configuration and the CPU that artefacts are good for.
-    compatibility: String,
+    /// That of this host.
+    engine: EngineName,
+    /// That of a host which is to take over from this one.
+    successor: Option<EngineName>,
     next_temporary: u64,
     health: Health,
 }
 
 /// What a file is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Kind {
+pub enum Kind<'a> {
     /// A component as it was uploaded.
     Component,
-    /// A compiled and sealed artefact for this engine and CPU.
+    /// A compiled and sealed artefact for this host's engine and CPU.
     Artefact,
+    /// One for this engine.
+    ArtefactFor(&'a EngineName),
+}
+
+/// Names an engine, its configuration and the CPU that artefacts are good for: some hexadecimal
+/// digits. Part of a file's name.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
+pub struct EngineName(String);
+
+/// It is none.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[error("an engine is named by 1 to 64 lower-case hexadecimal digits")]
+pub struct NoEngineName;
+
+impl EngineName {
+    /// As text.
+    #[must_use]
+    pub fn as_str(&self) -> &str {
+        &self.0
+    }
+}
+
+impl TryFrom<String> for EngineName {
+    type Error = NoEngineName;
+
+    fn try_from(text: String) -> Result<Self, NoEngineName> {
+        let digit = |byte: u8| byte.is_ascii_digit() || (b'a'..=b'f').contains(&byte);
+        if (1..=64).contains(&text.len()) && text.bytes().all(digit) {
+            Ok(Self(text))
+        } else {
+            Err(NoEngineName)
+        }
+    }
+}
+
+impl From<EngineName> for String {
+    fn from(name: EngineName) -> Self {
+        name.0
+    }
 }
 
 /// A file that is not in its place yet; removed when dropped before.
@@ -113,7 +156,7 @@ impl Blobs {
     ///
     /// # Errors
     /// Those of the file system.
-    pub fn open(data: &DataDir, compatibility: &str, health: Health) -> io::Result<Self> {
+    pub fn open(data: &DataDir, engine: EngineName, health: Health) -> io::Result<Self> {
         let temporary = data.subdir("tmp")?;
         for entry in temporary.entries()? {
             temporary.remove_file(entry?.file_name())?;
@@ -123,10 +166,16 @@ impl Blobs {
             artefacts: data.subdir("artefacts")?,
             volumes: data.subdir("volumes")?,
             temporary,
-            compatibility: compatibility.to_owned(),
+            engine,
+            successor: None,
             next_temporary: 0,
             health,
         })
+    }
+
+    /// What is compiled for this engine stays, too, until this is called for another one.
+    pub fn keep_for(&mut self, successor: EngineName) {
+        self.successor = Some(successor);
     }
 
     /// A handle of the directory of unfinished files.
@@ -159,15 +208,17 @@ impl Blobs {
         })
     }
 
-    fn place_of(&self, kind: Kind, digest: &Digest) -> io::Result<(Dir, String)> {
+    fn place_of(&self, kind: Kind<'_>, digest: &Digest) -> io::Result<(Dir, String)> {
         let hex = digest.hex();
-        Ok(match kind {
-            Kind::Component => (subdir(&self.blobs, &hex[..2])?, hex),
-            Kind::Artefact => (
-                self.artefacts.try_clone()?,
-                format!("{hex}-{}", self.compatibility),
-            ),
-        })
+        let engine = match kind {
+            Kind::Component => return Ok((subdir(&self.blobs, &hex[..2])?, hex)),
+            Kind::Artefact => &self.engine,
+            Kind::ArtefactFor(engine) => engine,
+        };
+        Ok((
+            self.artefacts.try_clone()?,
+            format!("{hex}-{}", engine.as_str()),
+        ))
     }
 
     /// Moves a synced file to its place and makes that durable. A file that is there already
@@ -175,7 +226,7 @@ impl Blobs {
     ///
     /// # Errors
     /// Those of the file system.
-    pub fn place(&self, kind: Kind, digest: &Digest, file: Unplaced) -> io::Result<()> {
+    pub fn place(&self, kind: Kind<'_>, digest: &Digest, file: Unplaced) -> io::Result<()> {
         let (directory, name) = self.place_of(kind, digest)?;
         file.directory.rename(&file.name, &directory, &name)?;
         self.health.after_sync(sync_dir(&directory))
@@ -187,7 +238,7 @@ impl Blobs {
     ///
     /// # Errors
     /// Those of the file system.
-    pub fn find(&self, kind: Kind, digest: &Digest) -> io::Result<Option<File>> {
+    pub fn find(&self, kind: Kind<'_>, digest: &Digest) -> io::Result<Option<File>> {
         const SURE: OFlags = OFlags::NOFOLLOW.union(OFlags::NONBLOCK);
         let (directory, name) = self.place_of(kind, digest)?;
         let mut options = OpenOptions::new();
@@ -221,8 +272,8 @@ impl Blobs {
         Ok(())
     }
 
-    /// Removes every file that is not of `referenced`, and artefacts made for another engine or
-    /// CPU. Answers how many went. Not after the state was stopped, as [`Blobs::remove`].
+    /// Removes every file that is not of `referenced`, and artefacts made for an engine or CPU that
+    /// is neither this host's nor its successor's. Answers how many went. Not after the state was stopped, as [`Blobs::remove`].
     ///
     /// # Errors
     /// Those of the file system.
@@ -249,13 +300,22 @@ impl Blobs {
             let wanted = name
                 .to_str()
                 .and_then(|name| name.split_once('-'))
-                .is_some_and(|(hex, compat)| compat == self.compatibility && kept(hex));
+                .is_some_and(|(hex, engine)| self.compiles_for(engine) && kept(hex));
             if !wanted {
                 self.artefacts.remove_file(name)?;
                 removed += 1;
             }
         }
         Ok(removed)
+    }
+}
+
+impl Blobs {
+    fn compiles_for(&self, engine: &str) -> bool {
+        let mut ours = [Some(&self.engine), self.successor.as_ref()]
+            .into_iter()
+            .flatten();
+        ours.any(|one| one.as_str() == engine)
     }
 }
 
@@ -270,11 +330,15 @@ mod tests {
     use super::*;
     use std::io::Read;
 
-    fn blobs(data: &DataDir) -> Blobs {
-        Blobs::open(data, "c0ffee", Health::default()).unwrap()
+    fn engine(name: &str) -> EngineName {
+        EngineName::try_from(name.to_owned()).unwrap()
     }
 
-    fn put(blobs: &mut Blobs, kind: Kind, content: &[u8]) -> Digest {
+    fn blobs(data: &DataDir) -> Blobs {
+        Blobs::open(data, engine("c0ffee"), Health::default()).unwrap()
+    }
+
+    fn put(blobs: &mut Blobs, kind: Kind<'_>, content: &[u8]) -> Digest {
         let mut file = blobs.create().unwrap();
         file.write(content).unwrap();
         file.sync().unwrap();
@@ -323,7 +387,7 @@ mod tests {
         let path = tempfile::tempdir().unwrap();
         let data = DataDir::open(path.path()).unwrap();
         let health = Health::default();
-        let mut blobs = Blobs::open(&data, "c0ffee", health.clone()).unwrap();
+        let mut blobs = Blobs::open(&data, engine("c0ffee"), health.clone()).unwrap();
         let digest = put(&mut blobs, Kind::Component, b"in a commit that failed");
         health.stop("fsync");
         assert!(blobs.remove(&digest).is_err());
@@ -355,6 +419,14 @@ mod tests {
     }
 
     #[test]
+    fn an_engine_has_a_name_that_is_no_path() {
+        for name in ["", "..", "a/b", "C0FFEE", "0 ", &"a".repeat(65)] {
+            assert_eq!(EngineName::try_from(name.to_owned()), Err(NoEngineName));
+        }
+        assert_eq!(engine("c0ffee").as_str(), "c0ffee");
+    }
+
+    #[test]
     fn garbage_is_what_nothing_refers_to() {
         let path = tempfile::tempdir().unwrap();
         let data = DataDir::open(path.path()).unwrap();
@@ -370,9 +442,15 @@ mod tests {
             .join(format!("{}-0ld", kept.hex()));
         std::fs::write(&stale, "made by another engine").unwrap();
 
-        let second = blobs(&data);
+        let mut second = blobs(&data);
+        let next = engine("0e1");
+        second.keep_for(next.clone());
+        let prepared = put(&mut second, Kind::ArtefactFor(&next), b"kept");
+        put(&mut second, Kind::ArtefactFor(&next), b"lost");
         assert_eq!(path.path().join("tmp").read_dir().unwrap().count(), 0);
-        assert_eq!(second.collect_garbage(&HashSet::from([kept])).unwrap(), 3);
+        assert_eq!(second.collect_garbage(&HashSet::from([kept])).unwrap(), 4);
+        let found = second.find(Kind::ArtefactFor(&next), &prepared).unwrap();
+        assert!(found.is_some(), "for the host that is to take over");
         assert!(second.find(Kind::Component, &kept).unwrap().is_some());
         assert!(second.find(Kind::Artefact, &artefact).unwrap().is_some());
         assert!(second.find(Kind::Component, &lost).unwrap().is_none());

@@ -44,7 +44,7 @@ pub mod volumes;
 pub mod worker;
 
 pub use audit::{Audit, AuditEntry};
-pub use blobs::Blobs;
+pub use blobs::{Blobs, EngineName, NoEngineName};
 pub use dir::{DataDir, TemporaryDir};
 pub use health::{Health, Stopped};
 pub use records::{

@@ -506,7 +506,8 @@ fn a_stopped_state_is_read_and_not_written() {
         Err(StoreError::Stopped(_))
     ));
     assert!(store.tenant(&name("a")).is_ok());
-    let mut files = Blobs::open(&data, "c", health).unwrap();
+    let mut files =
+        Blobs::open(&data, EngineName::try_from("c".to_owned()).unwrap(), health).unwrap();
     assert!(files.create().is_err());
 }
 

@@ -11,6 +11,7 @@ mod cold;
 mod curl;
 mod durable;
 mod endless;
+mod engines;
 mod faults;
 mod floods;
 mod fuel;

@@ -29,7 +29,7 @@ const WORD: &[u8] = b"event: tick\n";
 const EVENTS: usize = 20;
 
 /// The component whose answers say so.
-fn saying(word: &str) -> Vec<u8> {
+pub(crate) fn saying(word: &str) -> Vec<u8> {
     let mut component = guests::bytes("sse");
     let all = component.windows(WORD.len()).enumerate();
     let places: Vec<usize> = all

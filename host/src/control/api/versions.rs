@@ -47,7 +47,7 @@ pub(crate) async fn upload(control: Rc<Control>, mut call: Call) -> Answer {
     {
         return Ok(reply);
     }
-    let prepared = deploy::prepare(&control, &ticket, component).await?;
+    let prepared = deploy::prepare(&control, &ticket, &service, component).await?;
     let commit = Commit {
         actor: call.actor()?,
         service: service.id,

@@ -189,6 +189,43 @@ fn a_missing_artefact_is_compiled_again_in_the_background() {
 }
 
 #[test]
+fn all_versions_are_compiled_again_each_component_once() {
+    let dir = tempfile::tempdir().unwrap();
+    let rig = Rig::with_service(dir.path());
+    let twin = "/v1/tenants/acme/services/twin";
+    rig.put(twin, "{}").expect(201);
+    let head = &["content-type: application/wasm"];
+    let upload = |path: &str, component: &str| {
+        let sent = rig.send("POST", path, head, component.as_bytes());
+        sent.expect(201);
+    };
+    upload(&format!("{twin}/versions"), "one");
+    upload(VERSIONS, "one");
+    upload(&format!("{VERSIONS}?activate=false"), "two");
+    rig.stop();
+    for artefact in std::fs::read_dir(dir.path().join("artefacts")).unwrap() {
+        std::fs::remove_file(artefact.unwrap().path()).unwrap();
+    }
+    let rig = Rig::start(dir.path());
+    eventually("everything is compiled", || {
+        let shown = rig.get("/v1/recompilation").json();
+        shown["services"] == 2 && shown["done"] == 2
+    });
+    assert_eq!(
+        rig.seen()[1..],
+        [
+            "service twin dark",
+            "service web dark",
+            "open",
+            "service twin v1 sealed:compiled:one",
+            "service web v1 sealed:compiled:one",
+            "service web v1 sealed:compiled:one v2=preview sealed:compiled:two",
+        ]
+    );
+    assert_eq!(rig.compiled.load(Ordering::SeqCst), 2);
+}
+
+#[test]
 fn a_version_that_data_refuses_is_not_activated() {
     let dir = tempfile::tempdir().unwrap();
     let rig = Rig::with_service(dir.path());

@@ -17,7 +17,7 @@ use crate::machines::network::{NetworkConfig, PortRange};
 use crate::messages::{
     Collected, Command, DataEvent, FromData, LogRecord, Refusal, ToData, UsageDelta,
 };
-use crate::state::DataDir;
+use crate::state::{DataDir, EngineName};
 
 /// Stands for the compiler child: what the component says decides how it ends.
 const COMPILER: &str = r#"
@@ -151,7 +151,8 @@ impl Rig {
             instances: 10,
             ceiling: DEFAULT_CEILING,
             engine_version: "0".to_owned(),
-            compatibility: "c0ffee".to_owned(),
+            engine: EngineName::try_from("c0ffee".to_owned()).unwrap(),
+            inherits: false,
             compiler: Compiler {
                 program: "/bin/sh".into(),
                 arguments: vec!["-c".into(), COMPILER.into()],
@@ -168,7 +169,7 @@ impl Rig {
                 },
                 at_end: AtEnd::Stop,
             },
-            seal: Arc::new(move |_, artefact| {
+            seal: Arc::new(move |_, _, artefact| {
                 counting.fetch_add(1, Ordering::SeqCst);
                 std::io::copy(artefact, &mut std::io::sink())?;
                 Ok(b"sealed:".to_vec())

@@ -74,7 +74,7 @@ fn service() -> impl Strategy<Value = ToData> {
         "[a-z][a-z0-9]{0,10}",
     )
         .prop_map(|(id, spec, traffic, versions, name)| {
-            let version = |(number, digest, has)| IntendedVersion {
+            let intended = |(number, digest, has)| IntendedVersion {
                 number: version(number),
                 digest: Digest::new(digest),
                 artefact: Option::from(has).filter(|has: &bool| *has).map(|_| file()),
@@ -85,11 +85,15 @@ fn service() -> impl Strategy<Value = ToData> {
                 name: name.parse().unwrap(),
                 spec,
                 traffic,
+                awaited: versions
+                    .iter()
+                    .map(|(number, ..)| version(*number))
+                    .collect(),
                 mounts: versions
                     .iter()
                     .map(|(id, ..)| VolumeId::new((*id).into()))
                     .collect(),
-                versions: versions.into_iter().map(version).collect(),
+                versions: versions.into_iter().map(intended).collect(),
             }))
         })
 }
@@ -323,10 +327,12 @@ fn shown(command: &Command) -> String {
                 name,
                 spec,
                 traffic,
+                awaited,
                 ..
             } = &**intent;
             let seq = command.seq;
-            format!("{seq} {id} {tenant} {name} {spec:?} {traffic:?} {versions:?} {files:?}")
+            let parts = (seq, id, tenant, name, spec, traffic, awaited);
+            format!("{parts:?} {versions:?} {files:?}")
         }
         ToData::Certificate(Pem { certificate, key }) => {
             format!("{} {certificate:?} {key:?}", command.seq)
@@ -511,6 +517,7 @@ fn files_and_message_must_fit_together() {
                 digest: Digest::new([0; 32]),
                 artefact: Some(file()),
             }],
+            awaited: Vec::new(),
             mounts: Vec::new(),
         })),
     };
