@@ -135,7 +135,9 @@ pub(crate) async fn upload(
         Activation::Dark => "?activate=false",
     };
     let path = format!("{}/versions{query}", service.path());
-    let mut answer = client.post_component(&path, component).await?.json()?;
+    let uploaded = client.post_component(&path, component);
+    let uploaded = output::with_time("uploading and compiling", uploaded);
+    let mut answer = uploaded.await?.json()?;
     if activation == Activation::Dark {
         return Ok(answer);
     }

@@ -2,6 +2,7 @@
 
 use std::fmt::Write as _;
 use std::io::{self, IsTerminal, Write};
+use std::time::{Duration, Instant};
 
 use anyhow::Result;
 use serde_json::Value;
@@ -25,6 +26,31 @@ pub(crate) fn line(text: &str) -> io::Result<()> {
 pub(crate) fn note(text: &str) {
     let _ = writeln!(io::stderr().lock(), "{text}");
 }
+
+/// Waits for something that takes its time, and shows on a terminal how long it has taken.
+pub(crate) async fn with_time<T>(what: &str, wanted: impl Future<Output = T>) -> T {
+    if !io::stderr().is_terminal() {
+        return wanted.await;
+    }
+    let began = Instant::now();
+    let mut wanted = std::pin::pin!(wanted);
+    loop {
+        match tokio::time::timeout(SHOWN_EVERY, &mut wanted).await {
+            Ok(answer) => {
+                // Over the line: nothing of it is to stay.
+                let _ = write!(io::stderr(), "\r{:1$}\r", "", what.len() + 16);
+                return answer;
+            }
+            Err(_) => {
+                let seconds = began.elapsed().as_secs_f32();
+                let _ = write!(io::stderr(), "\r{what}: {seconds:.1} s");
+            }
+        }
+    }
+}
+
+/// How often [`with_time`] shows it.
+const SHOWN_EVERY: Duration = Duration::from_millis(200);
 
 /// Writes an error and its causes to stderr.
 pub(crate) fn error(error: &anyhow::Error) {

@@ -8,6 +8,7 @@ use insula_vmm::life::State;
 use tokio::sync::broadcast;
 
 use crate::machines::book::Entry;
+use crate::state::machines::{Image, Machine};
 use crate::state::{Scope, Service, Tenant, Timestamp, Volume};
 
 /// Events that wait for the slowest reader, at most.
@@ -116,6 +117,10 @@ impl Events {
         });
     }
 
+    pub(crate) fn image(&self, kind: &'static str, image: &Image) {
+        self.of_host(kind, Some(format!("image {}", image.name)));
+    }
+
     pub(crate) fn tenant(&self, kind: &'static str, tenant: &Tenant) {
         let tenant = Some((tenant.id, tenant.name.clone()));
         self.send(Event {
@@ -129,6 +134,15 @@ impl Events {
         self.send(Event {
             tenant,
             reason: Some(format!("volume {}", volume.name)),
+            ..Event::new(kind)
+        });
+    }
+
+    /// A machine is to be another one from its next start on.
+    pub(crate) fn machine_spec(&self, kind: &'static str, machine: &Machine) {
+        self.send(Event {
+            tenant: Some((machine.tenant, machine.tenant_name.clone())),
+            machine: Some(machine.name.clone()),
             ..Event::new(kind)
         });
     }

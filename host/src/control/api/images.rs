@@ -72,6 +72,11 @@ pub(crate) async fn put(control: Rc<Control>, mut call: Call) -> Answer {
     };
     control.remove_files(unreferenced).await;
     let (image, document) = (put.record(), documents::image(put.record()));
+    match &put {
+        Put::Created(image) => control.events.image("image.created", image),
+        Put::Changed(image) => control.events.image("image.updated", image),
+        Put::Unchanged(_) => {}
+    }
     let reply = match &put {
         Put::Created(_) => Reply::json(StatusCode::CREATED, &document).header(LOCATION, &call.path),
         Put::Changed(_) | Put::Unchanged(_) => Reply::ok(&document),
@@ -93,5 +98,6 @@ pub(crate) async fn delete(control: Rc<Control>, call: Call) -> Answer {
         })
         .await?;
     control.remove_files(deleted.unreferenced).await;
+    control.events.image("image.deleted", &deleted.record);
     Ok(Reply::no_content())
 }

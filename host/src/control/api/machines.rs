@@ -97,7 +97,11 @@ pub(crate) async fn put(control: Rc<Control>, mut call: Call) -> Answer {
             control.announce_machine(machine.id);
             Reply::json(StatusCode::CREATED, &document).header(LOCATION, &call.path)
         }
-        Put::Changed(_) | Put::Unchanged(_) => Reply::ok(&document),
+        Put::Changed(machine) => {
+            control.events.machine_spec("machine.updated", machine);
+            Reply::ok(&document)
+        }
+        Put::Unchanged(_) => Reply::ok(&document),
     };
     Ok(reply.etag(machine.generation))
 }

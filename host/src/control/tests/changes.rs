@@ -32,6 +32,95 @@ const OF_MACHINES_THAT_RUN: [&str; 6] = [
     "restoreMachine",
 ];
 
+/// A route that changes something, and what is told of it. Of machines that run, and of what is
+/// compiled again, the end-to-end tests hear.
+const TOLD: [(&str, &[&str]); 17] = [
+    ("putTenant", &["tenant.created", "tenant.updated"]),
+    ("deleteTenant", &["tenant.deleted"]),
+    ("putService", &["service.created", "service.updated"]),
+    ("deleteService", &["service.deleted"]),
+    (
+        "createVersion",
+        &[
+            "version.queued",
+            "version.compiling",
+            "version.created",
+            "version.activated",
+        ],
+    ),
+    ("putTraffic", &["traffic.split"]),
+    ("rollback", &["version.activated"]),
+    ("putVolume", &["volume.created", "volume.updated"]),
+    ("snapshotVolume", &["volume.snapshot"]),
+    ("cloneVolume", &["volume.cloned"]),
+    ("deleteVolume", &["volume.deleted"]),
+    ("putMachine", &["machine.defined", "machine.updated"]),
+    ("deleteMachine", &["machine.deleted"]),
+    ("putImage", &["image.created", "image.updated"]),
+    ("deleteImage", &["image.deleted"]),
+    ("createToken", &["token.created"]),
+    ("deleteToken", &["token.deleted"]),
+];
+
+#[test]
+fn every_route_that_changes_something_is_told_to_who_follows() {
+    let dir = tempfile::tempdir().unwrap();
+    let rig = Rig::start(dir.path());
+    let mut events = rig.follow("/v1/events");
+    let put = |path: &str, json: &str| assert!(rig.put(path, json).status < 300, "{path}");
+    put("/v1/tenants/acme", "{}");
+    put("/v1/tenants/acme", r#"{"memory":{"limit":"1GiB"}}"#);
+    put(WEB, "{}");
+    put(WEB, r#"{"usage_header":true}"#);
+    rig.upload("one").expect(201);
+    rig.upload("two").expect(201);
+    put(&format!("{WEB}/traffic"), r#"{"1":50,"2":50}"#);
+    rig.post(&format!("{WEB}/rollback"), "").expect(200);
+    let volumes = "/v1/tenants/acme/volumes";
+    put(&format!("{volumes}/data"), "{}");
+    put(&format!("{volumes}/data"), r#"{"size":"1MiB"}"#);
+    for (copy, what) in [("still", "snapshot"), ("twin", "clone")] {
+        let name = json!({"name": copy}).to_string();
+        let copied = rig.post(&format!("{volumes}/data/{what}"), &name);
+        copied.expect(201);
+    }
+    rig.delete(&format!("{volumes}/data")).expect(204);
+    let image = ["content-type: application/octet-stream"];
+    for content in [&b"an image"[..], b"another"] {
+        let sent = rig.send("PUT", "/v1/images/kernel", &image, content);
+        assert!(sent.status < 300, "{sent:?}");
+    }
+    let machine = "/v1/tenants/acme/machines/db";
+    put(machine, r#"{"kernel":"kernel"}"#);
+    put(machine, r#"{"kernel":"kernel","vcpus":2}"#);
+    rig.delete(machine).expect(204);
+    rig.delete("/v1/images/kernel").expect(204);
+    let token = rig.post("/v1/tokens", r#"{"name":"t"}"#).expect(201).json();
+    let token = format!("/v1/tokens/{}", token["id"]);
+    rig.delete(&token).expect(204);
+    rig.delete(WEB).expect(204);
+    rig.delete("/v1/tenants/acme").expect(204);
+    let seen = events.until("tenant.deleted");
+    for (id, kinds) in TOLD {
+        for kind in kinds {
+            let told = seen.contains(&format!("event: {kind}\n"));
+            assert!(told, "{id}: no {kind} in {seen}");
+        }
+    }
+    let elsewhere = [
+        &OF_MACHINES_THAT_RUN[..],
+        &["stopMachine", "startRecompilation"],
+    ]
+    .concat();
+    let changing = ROUTES
+        .iter()
+        .filter(|route| route.method != http::Method::GET);
+    for route in changing.filter(|route| !elsewhere.contains(&route.id)) {
+        let known = TOLD.iter().any(|(id, _)| *id == route.id);
+        assert!(known, "nothing is told of {}", route.id);
+    }
+}
+
 #[test]
 fn every_route_that_changes_something_is_audited() {
     let dir = tempfile::tempdir().unwrap();

@@ -274,6 +274,22 @@ impl Rig {
         )
     }
 
+    /// An answer that goes on.
+    pub(super) fn follow(&self, path: &str) -> Follower {
+        let mut stream = self.connect();
+        let head = format!(
+            "GET {path} HTTP/1.1\r\nhost: x\r\nauthorization: Bearer {}\r\n\r\n",
+            self.token
+        );
+        stream.write_all(head.as_bytes()).unwrap();
+        let mut follower = Follower {
+            stream,
+            seen: String::new(),
+        };
+        follower.until("\r\n\r\n");
+        follower
+    }
+
     /// Reports lines as the data plane does.
     pub(super) fn log(&self, record: LogRecord) {
         let reports = self.reports.as_ref().unwrap();
@@ -295,6 +311,27 @@ impl Rig {
                 .sum()
         }
         count(&self.path.join(below))
+    }
+}
+
+/// Reads an answer that goes on.
+#[derive(Debug)]
+pub(super) struct Follower {
+    stream: TcpStream,
+    seen: String,
+}
+
+impl Follower {
+    /// Reads until something has come; all that came up to then.
+    pub(super) fn until(&mut self, wanted: &str) -> &str {
+        let mut chunk = [0; 4096];
+        while !self.seen.contains(wanted) {
+            let count = self.stream.read(&mut chunk).unwrap();
+            assert!(count > 0, "ended before {wanted:?}: {}", self.seen);
+            let chunk = String::from_utf8_lossy(&chunk[..count]);
+            self.seen.push_str(&chunk);
+        }
+        &self.seen
     }
 }
 
