@@ -241,6 +241,48 @@ fn a_large_answer_streams_and_a_redirect_is_the_guests_business() {
 }
 
 #[test]
+fn a_redirect_leads_to_no_address_that_is_closed() {
+    const STATUSES: [u16; 4] = [301, 302, 307, 308];
+    const CLOSED: [&str; 6] = [
+        "http://169.254.169.254",
+        "http://10.0.0.1",
+        "http://[::1]:8081",
+        "http://[::ffff:169.254.169.254]",
+        "http://[64:ff9b::a9fe:a9fe]",
+        "http://[fd00:ec2::254]",
+    ];
+    // `GET /STATUS/N ` is answered with STATUS and leads to the N-th.
+    let world = World::new(|request: &str| {
+        let path = request.split(' ').nth(1).unwrap_or_default();
+        let mut parts = path.split('/').skip(1);
+        let status = parts.next().unwrap_or_default();
+        let to = parts.next().and_then(|n| n.parse::<usize>().ok());
+        let to = to.map_or("", |n| CLOSED[n]);
+        format!("HTTP/1.1 {status} Moved\r\nlocation: {to}/\r\ncontent-length: 0\r\n\r\n")
+            .into_bytes()
+    });
+    let host = open_host();
+    let mut list = vec![world.url("")];
+    list.extend(CLOSED.map(str::to_owned));
+    let fetch = fetcher(&host, json!(list));
+    for status in STATUSES {
+        for (n, closed) in CLOSED.iter().enumerate() {
+            let url = world.url(&format!("/{status}/{n}"));
+            let moved = fetch.get(&format!("/?url={}", escaped(&url))).send();
+            assert_eq!(moved.status, status, "{}", moved.text());
+            let to = moved.header("location").expect("a location");
+            assert!(to.starts_with(closed), "{to}");
+            assert_eq!(
+                ask(&fetch, to),
+                "destination-IP-prohibited",
+                "{status} to {to}"
+            );
+        }
+    }
+    assert_eq!(world.seen(), STATUSES.len() * CLOSED.len());
+}
+
+#[test]
 fn nothing_that_is_not_on_the_list_is_reached() {
     let world = World::new(|_: &str| ok("no"));
     let host = open_host();
