@@ -9,6 +9,7 @@ use anyhow::{Context, Result, bail};
 
 use super::cpio::Archive;
 use super::debian::Debian;
+use crate::guests;
 use crate::repository::{Repository, cargo};
 
 /// What the scripts share.
@@ -66,11 +67,11 @@ pub(super) fn with_libraries(
     Ok(())
 }
 
-/// A sample, which `cargo xtask guests` builds.
+/// A sample, built with the others if it is not there.
 fn guest(repository: &Repository, name: &str) -> Result<PathBuf> {
     let path = repository.target.join(format!("guests/{name}.wasm"));
     if !path.is_file() {
-        bail!("{} is not there: cargo xtask guests", path.display());
+        guests::build(repository)?;
     }
     Ok(path)
 }
