@@ -53,7 +53,8 @@ shown "a snapshot, gone on with from where it was, and a clone of it beside"
 
 do_it insula machine create $M --disk-limit 4MB
 echo 'reboot -f' >&3
-within 30 "new monitor" eval '[ -n "$(monitor)" ] && [ "$(monitor)" != "$before" ]'
+anew() { new=$(monitor) && [ -n "$new" ] && [ "$new" != "$before" ] && is running; }
+within 30 "new monitor" anew
 sit_down
 within 200 "init after the reboot" printed @ready
 ask 'echo "it $(cat /kept)"' 'it kept'
