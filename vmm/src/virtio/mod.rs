@@ -30,6 +30,8 @@ mod fuzz;
 mod interrupt;
 pub mod net;
 pub mod queue;
+#[cfg(test)]
+mod queue_tests;
 pub mod rng;
 mod status;
 #[cfg(test)]

@@ -55,7 +55,7 @@ fn kernel_package() -> Result<String> {
     let output = Command::new("apt-cache")
         .args(["depends", "linux-image-cloud-amd64"])
         .output()
-        .context("apt-cache; the bed takes kernel and busybox from Debian's packages")?;
+        .context("no apt-cache: the bed takes kernel and busybox from Debian's packages")?;
     let text = String::from_utf8_lossy(&output.stdout).into_owned();
     let mut names = text
         .lines()
