@@ -85,11 +85,16 @@ pub(crate) struct Series {
 /// Runs all, prints the table, writes it down.
 pub(crate) fn run(options: &Options) -> Result<()> {
     let scratch = tempfile::tempdir().context("a directory for the servers")?;
-    let contestants = if options.only.is_empty() {
+    let mut contestants = if options.only.is_empty() {
         Contestant::ALL.to_vec()
     } else {
         options.only.clone()
     };
+    // It takes two builds more than all the others; the page says where it is missing.
+    if let Err(error) = peers::wasmtime_profiled() {
+        say(&format!("without the peer built by profile: {error:#}"));
+        contestants.retain(|one| *one != Contestant::WasmtimeProfiled);
+    }
     let layouts: Vec<Layout> = match options.layout {
         Some(layout) => vec![layout],
         None => Layout::ALL.to_vec(),
@@ -137,7 +142,7 @@ fn bed(
         Contestant::Insula | Contestant::InsulaReusing => {
             insula = match &options.insula {
                 Some(path) => path.clone(),
-                None => peers::built("target/dist/insula", "cargo build --profile dist -p insula")?,
+                None => peers::built("target/pgo/bin/insula", "cargo xtask dist")?,
             };
         }
         Contestant::InsulaPlain => {
@@ -147,6 +152,7 @@ fn bed(
             wasmtime = peers::wasmtime(missing)?;
         }
         Contestant::WasmtimeOptimised => wasmtime = peers::wasmtime_optimised(missing)?,
+        Contestant::WasmtimeProfiled => wasmtime = peers::wasmtime_profiled()?,
         Contestant::RawHyper => {}
     }
     Ok(Bed {
@@ -174,7 +180,7 @@ fn series(options: &Options, layout: Layout, beds: &[(Contestant, Bed)]) -> Resu
                 .with_context(|| format!("{} round {}", layout.word(), round + 1))?;
             series.real_time &= real_time;
             say(&format!(
-                "{} round {}/{}  {:<27} {:>6.1} µs ({:.1} user + {:.1} kernel)  {:>7.0}/s  \
+                "{} round {}/{}  {:<43} {:>6.1} µs ({:.1} user + {:.1} kernel)  {:>7.0}/s  \
                  p99 {:.0} µs  {} errors  client {:.1} µs  elsewhere {:.0} %",
                 layout.word(),
                 round + 1,

@@ -6,7 +6,7 @@
 //! * [`cost`]: server CPU per request of a small service
 //! * [`servers`]: who takes part, and how each is started; [`insula`] and [`floor`] in particular
 //! * [`machines`]: publishes what the machines' own bench found
-//! * [`load`], [`response`]: the client
+//! * [`load`], [`response`]: the client; [`train`]: the same for a compiler that wants to learn
 //! * [`process`], [`cores`]: processes that we start, what they used, and where they may run
 //! * [`report`], [`page`], [`plot`], [`stats`]: what is made of it
 //!
@@ -40,6 +40,7 @@ mod servers;
 mod shares;
 mod stats;
 mod targets;
+mod train;
 mod wire;
 mod workerd;
 
@@ -73,6 +74,9 @@ enum Verb {
     /// Publishes what `cargo xtask vm-bench` found, which calls it
     #[command(hide = true)]
     Machines(machines::Options),
+    /// The load from which `cargo xtask dist`, which calls it, learns what is often run
+    #[command(hide = true)]
+    Train(train::Options),
     /// The floor: raw hyper, no Wasm. `cost` starts it for itself
     #[command(hide = true)]
     Floor(floor::Options),
@@ -87,6 +91,7 @@ fn main() -> ExitCode {
         Verb::Density(options) => density::run(&options),
         Verb::Metering(options) => metering::run(&options),
         Verb::Machines(options) => machines::run(&options),
+        Verb::Train(options) => train::run(&options),
         Verb::Floor(options) => floor::run(&options),
     };
     match result {

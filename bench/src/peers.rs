@@ -37,6 +37,13 @@ pub(crate) fn wasmtime_optimised(missing: Missing) -> Result<PathBuf> {
     peer(missing, folder, WASMTIME_OPTIMISED_VARIABLE, &lto)
 }
 
+/// The same, built with a profile as well, as `insula` is. Only `cargo xtask dist` can do that.
+pub(crate) fn wasmtime_profiled() -> Result<PathBuf> {
+    let program = built("target/pgo/bin/wasmtime", "cargo xtask dist wasmtime")?;
+    checked_version(&program, "cargo xtask dist wasmtime builds it")?;
+    Ok(program)
+}
+
 /// The program that `variable` names, or else the one below `folder`, built with `profile`.
 fn peer(
     missing: Missing,
@@ -55,19 +62,25 @@ fn peer(
             program
         }
     };
-    let output = Command::new(&program)
+    checked_version(
+        &program,
+        &format!("--install-peers builds it, {variable} names another"),
+    )?;
+    Ok(program)
+}
+
+/// Only the version that we run is compared.
+fn checked_version(program: &Path, how: &str) -> Result<()> {
+    let output = Command::new(program)
         .arg("--version")
         .output()
-        .with_context(|| {
-            let program = program.display();
-            format!("{program}: --install-peers builds it, {variable} names another")
-        })?;
+        .with_context(|| format!("{}: {how}", program.display()))?;
     let said = String::from_utf8_lossy(&output.stdout);
     if !said.split_whitespace().any(|word| word == WASMTIME_VERSION) {
         let program = program.display();
         bail!("{program} is {said:?}: only {WASMTIME_VERSION} is compared, the version we run");
     }
-    Ok(program)
+    Ok(())
 }
 
 fn install_wasmtime(root: &Path, profile: &[(&str, &str)]) -> Result<()> {

@@ -51,8 +51,7 @@ impl Cost<'_> {
         let (rounds, seconds, connections) = (self.rounds, self.seconds, self.connections);
         writeln!(
             out,
-            "- Run: `cargo run --release -p insula-bench -- cost --rounds {rounds} --seconds \
-             {seconds}`; {connections} keep-alive connections, each with one request under way; \
+            "- Run: `cargo xtask bench cost --rounds {rounds} --seconds {seconds}`; {connections} keep-alive connections, each with one request under way; \
              {rounds} rounds of {seconds} s after 1 s of warm-up, every server started afresh for \
              each, their order moving on by one every round; ratios are medians of the ratios \
              within each round."
@@ -60,12 +59,14 @@ impl Cost<'_> {
         writeln!(out, "{}", page::provenance())?;
         writeln!(
             out,
-            "- insula is built with `--profile dist` (link-time optimisation), as it is to be \
-             installed; `wasmtime` 48.0.8 by `cargo install`, without link-time optimisation, as \
-             its project builds what it releases. One more row of each shows the other way: insula \
-             as the README's first command builds it, and `wasmtime` built with \
-             `CARGO_PROFILE_RELEASE_LTO=fat`. `wasmtime serve` runs with `-Scli`; as shipped with \
+            "- insula is built by `cargo xtask dist`: link-time optimisation and a profile of a \
+             training load, as it is to be installed; in the row `plain release` as the README's \
+             first command builds it. `wasmtime` 48.0.8 is built by `cargo install`, as its \
+             project builds what it releases, without either; with LTO by \
+             `CARGO_PROFILE_RELEASE_LTO=fat`; {} \
+             `wasmtime serve` runs with `-Scli`; as shipped with \
              no other flag; pooled with `{}`; tuned with `{}`.",
+            self.peer_by_profile(),
             pooled_flags(),
             tuned_flags()
         )?;
@@ -97,6 +98,20 @@ impl Cost<'_> {
         Ok(())
     }
 
+    /// Which rows are built alike.
+    fn peer_by_profile(&self) -> &'static str {
+        let mut samples = self.series.iter().flat_map(|series| &series.samples);
+        if samples.any(|sample| sample.contestant == Contestant::WasmtimeProfiled) {
+            "with LTO and profile by `cargo xtask dist wasmtime`, the steps that build insula, with \
+             a profile of its own of the same load. Built alike are therefore insula and `with LTO \
+             and profile`; and `plain release` and `tuned`."
+        } else {
+            "**it was not built by a profile for this run** (`cargo xtask dist wasmtime` does that, \
+             by the steps that build insula), so that only `plain release` and `tuned` are built \
+             alike: what of the other ratios is the profile's cannot be told from them."
+        }
+    }
+
     /// Writes the page and the plot.
     pub(crate) fn write(&self, folder: &Path) -> Result<()> {
         let groups: Vec<Group> = self.series.iter().map(group).collect();
@@ -124,8 +139,9 @@ fn ratio(series: &Series, contestant: Contestant, base: Contestant) -> Option<Sp
 fn table(out: &mut String, series: &Series) -> Result<()> {
     writeln!(
         out,
-        "| server | CPU-µs/request | of it kernel | × tuned wasmtime | × the same with LTO \
-         | × raw hyper | requests/s | p50 | p99 | errors |\n|---|---|---|---|---|---|---|---|---|---|"
+        "| server | CPU-µs/request | of it kernel | × tuned wasmtime | × with LTO \
+         | × with LTO and profile | × raw hyper | requests/s | p50 | p99 | errors |\n\
+         |---|---|---|---|---|---|---|---|---|---|---|"
     )?;
     for contestant in Contestant::ALL {
         let spread = |figure: fn(&Sample) -> f64| Spread::of(of(series, contestant).map(figure));
@@ -143,7 +159,7 @@ fn table(out: &mut String, series: &Series) -> Result<()> {
         };
         writeln!(
             out,
-            "| {bold}{}{bold} | {bold}{:.1}{bold} ({:.1}–{:.1}) | {:.1} | {} | {} | {} | {} | {} | {} | {} |",
+            "| {bold}{}{bold} | {bold}{:.1}{bold} ({:.1}–{:.1}) | {:.1} | {} | {} | {} | {} | {} | {} | {} | {} |",
             contestant.name(),
             cpu.median,
             cpu.least,
@@ -151,6 +167,7 @@ fn table(out: &mut String, series: &Series) -> Result<()> {
             median(|sample| sample.system_us),
             times(Contestant::WasmtimeTuned),
             times(Contestant::WasmtimeOptimised),
+            times(Contestant::WasmtimeProfiled),
             times(Contestant::RawHyper),
             thousands(median(|sample| sample.per_second)),
             time(median(|sample| sample.p50_us)),

@@ -45,19 +45,23 @@ pub(crate) enum Contestant {
     /// As the first command of the README builds it.
     InsulaPlain,
     WasmtimeTuned,
-    /// The same, built as we build ours to be installed.
+    /// The same, built with link-time optimisation.
     WasmtimeOptimised,
+    /// The same, built as we build ours to be installed: by the same steps, with a profile of the
+    /// same load.
+    WasmtimeProfiled,
     WasmtimePooled,
     WasmtimeShipped,
     RawHyper,
 }
 
 impl Contestant {
-    pub(crate) const ALL: [Self; 8] = [
+    pub(crate) const ALL: [Self; 9] = [
         Self::RawHyper,
         Self::InsulaReusing,
         Self::Insula,
         Self::InsulaPlain,
+        Self::WasmtimeProfiled,
         Self::WasmtimeOptimised,
         Self::WasmtimeTuned,
         Self::WasmtimePooled,
@@ -68,9 +72,10 @@ impl Contestant {
         match self {
             Self::Insula => "insula",
             Self::InsulaReusing => "insula, instances reused",
-            Self::InsulaPlain => "insula, without LTO",
+            Self::InsulaPlain => "insula, plain release",
             Self::WasmtimeTuned => "wasmtime serve, tuned",
             Self::WasmtimeOptimised => "wasmtime serve, tuned, with LTO",
+            Self::WasmtimeProfiled => "wasmtime serve, tuned, with LTO and profile",
             Self::WasmtimePooled => "wasmtime serve, pooled",
             Self::WasmtimeShipped => "wasmtime serve, as shipped",
             Self::RawHyper => "raw hyper, no Wasm",
@@ -82,7 +87,9 @@ impl Contestant {
         let mut served = match self {
             Self::Insula | Self::InsulaPlain => insula(bed, &json!({}))?,
             Self::InsulaReusing => insula(bed, &json!({"reuse": {"requests": 128}}))?,
-            Self::WasmtimeTuned | Self::WasmtimeOptimised => wasmtime(bed, &TUNED)?,
+            Self::WasmtimeTuned | Self::WasmtimeOptimised | Self::WasmtimeProfiled => {
+                wasmtime(bed, &TUNED)?
+            }
             Self::WasmtimePooled => wasmtime(bed, &POOLED)?,
             Self::WasmtimeShipped => wasmtime(bed, &[])?,
             Self::RawHyper => floor(bed)?,

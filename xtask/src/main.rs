@@ -5,6 +5,7 @@
 //!
 //! * [`checks`]: everything that must hold, and the order in which it is looked at
 //! * [`deps`]: which crate may use which, and which words may stand where
+//! * [`dist`], [`llvm`]: the program as it is to be installed
 //! * [`licences`]: what we stand on, and under which terms
 //! * [`fuzz`]: hostile drivers by chance
 //! * [`guests`]: the samples, built
@@ -16,9 +17,11 @@
 mod bench;
 mod checks;
 mod deps;
+mod dist;
 mod fuzz;
 mod guests;
 mod licences;
+mod llvm;
 mod repository;
 mod tools;
 mod vm_test;
@@ -53,6 +56,10 @@ usage: cargo xtask VERB
   deps         which crate may use which
   deny         licences, sources and advisories of what we depend on
   doc          build the documentation, without warnings
+  dist [wasmtime]
+               build the program to be installed: instrumented, trained with real load, then with
+               that profile and link-time optimisation, into target/pgo/bin; or the peer in
+               `bench cost` by the same steps. Takes half an hour on two cores
   bench WHAT [ARGS]
                build everything, then measure cost, metering, shares, overload, neighbour,
                density or all; ARGS as of `insula-bench WHAT --help`. Writes docs/benchmarks.md
@@ -89,6 +96,19 @@ fn run(verb: &str, rest: Vec<String>) -> Result<ExitCode> {
         }
         "tools" if takes_more => {
             tools::ensure(&Repository::find()?);
+            return Ok(ExitCode::SUCCESS);
+        }
+        "dist" => {
+            let program = match rest.as_slice() {
+                [] => Some(dist::Program::Insula),
+                [name] => dist::Program::named(name),
+                _ => None,
+            };
+            let Some(program) = program else {
+                say(USAGE.trim_end());
+                return Ok(ExitCode::from(BAD_USAGE));
+            };
+            dist::build(&Repository::find()?, program, dist::Profile::New)?;
             return Ok(ExitCode::SUCCESS);
         }
         "bench" => {
