@@ -51,10 +51,10 @@ impl Cost<'_> {
         let (rounds, seconds, connections) = (self.rounds, self.seconds, self.connections);
         writeln!(
             out,
-            "- Run: `cargo xtask bench cost --rounds {rounds} --seconds {seconds}`; {connections} keep-alive connections, each with one request under way; \
-             {rounds} rounds of {seconds} s after 1 s of warm-up, every server started afresh for \
-             each, their order moving on by one every round; ratios are medians of the ratios \
-             within each round."
+            "- Run: `cargo xtask bench cost --rounds {rounds} --seconds {seconds}`; {connections} \
+             keep-alive connections, each with one request under way; {rounds} rounds of {seconds} s \
+             after 1 s of warm-up, every server started afresh for each, their order moving on by \
+             one every round; ratios are medians of the ratios within each round."
         )?;
         writeln!(out, "{}", page::provenance())?;
         writeln!(
@@ -64,8 +64,8 @@ impl Cost<'_> {
              first command builds it. `wasmtime` 48.0.8 is built by `cargo install`, as its \
              project builds what it releases, without either; with LTO by \
              `CARGO_PROFILE_RELEASE_LTO=fat`; {} \
-             `wasmtime serve` runs with `-Scli`; as shipped with \
-             no other flag; pooled with `{}`; tuned with `{}`.",
+             `wasmtime serve` runs with `-Scli`; as shipped with no other flag; pooled with `{}`; \
+             tuned with `{}`.",
             self.peer_by_profile(),
             pooled_flags(),
             tuned_flags()
