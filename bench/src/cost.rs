@@ -49,6 +49,16 @@ pub(crate) struct Options {
     only: Vec<Contestant>,
 }
 
+impl Options {
+    const fn missing(&self) -> Missing {
+        if self.install_peers {
+            Missing::Installed
+        } else {
+            Missing::Refused
+        }
+    }
+}
+
 /// One server, measured once.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Sample {
@@ -90,11 +100,19 @@ pub(crate) fn run(options: &Options) -> Result<()> {
     } else {
         options.only.clone()
     };
-    // It takes two builds more than all the others; the page says where it is missing.
-    if let Err(error) = peers::wasmtime_profiled() {
-        say(&format!("without the peer built by profile: {error:#}"));
-        contestants.retain(|one| *one != Contestant::WasmtimeProfiled);
-    }
+    // Each takes long to build, and the page says where one is missing.
+    let built = |contestant: &Contestant| match contestant {
+        Contestant::WasmtimeOptimised => peers::wasmtime_optimised(options.missing()).map(drop),
+        Contestant::WasmtimeProfiled => peers::wasmtime_profiled().map(drop),
+        _ => Ok(()),
+    };
+    contestants.retain(|contestant| {
+        let built = built(contestant);
+        if let Err(error) = &built {
+            say(&format!("without {}: {error:#}", contestant.name()));
+        }
+        built.is_ok()
+    });
     let layouts: Vec<Layout> = match options.layout {
         Some(layout) => vec![layout],
         None => Layout::ALL.to_vec(),
@@ -128,11 +146,7 @@ fn bed(
     scratch: &std::path::Path,
     contestant: Contestant,
 ) -> Result<Bed> {
-    let missing = if options.install_peers {
-        Missing::Installed
-    } else {
-        Missing::Refused
-    };
+    let missing = options.missing();
     let component = match &options.component {
         Some(path) => path.clone(),
         None => peers::built("target/guests/hello.wasm", "cargo xtask guests")?,

@@ -63,10 +63,12 @@ impl Cost<'_> {
              training load, as it is to be installed; in the row `plain release` as the README's \
              first command builds it. `wasmtime` 48.0.8 is built by `cargo install`, as its \
              project builds what it releases, without either; with LTO by \
-             `CARGO_PROFILE_RELEASE_LTO=fat`; {} \
+             `CARGO_PROFILE_RELEASE_LTO=fat`; with LTO and profile by `cargo xtask dist wasmtime`, \
+             the steps that build insula, with a profile of its own of the same load. Built alike \
+             are insula and `with LTO and profile`; and `plain release` and `tuned`.{} \
              `wasmtime serve` runs with `-Scli`; as shipped with no other flag; pooled with `{}`; \
              tuned with `{}`.",
-            self.peer_by_profile(),
+            self.missing(),
             pooled_flags(),
             tuned_flags()
         )?;
@@ -98,18 +100,25 @@ impl Cost<'_> {
         Ok(())
     }
 
-    /// Which rows are built alike.
-    fn peer_by_profile(&self) -> &'static str {
-        let mut samples = self.series.iter().flat_map(|series| &series.samples);
-        if samples.any(|sample| sample.contestant == Contestant::WasmtimeProfiled) {
-            "with LTO and profile by `cargo xtask dist wasmtime`, the steps that build insula, with \
-             a profile of its own of the same load. Built alike are therefore insula and `with LTO \
-             and profile`; and `plain release` and `tuned`."
-        } else {
-            "**it was not built by a profile for this run** (`cargo xtask dist wasmtime` does that, \
-             by the steps that build insula), so that only `plain release` and `tuned` are built \
-             alike: what of the other ratios is the profile's cannot be told from them."
+    /// Who was left out.
+    fn missing(&self) -> String {
+        let measured = |contestant| {
+            let mut samples = self.series.iter().flat_map(|series| &series.samples);
+            samples.any(|sample| sample.contestant == contestant)
+        };
+        let missing: Vec<_> = Contestant::ALL
+            .into_iter()
+            .filter(|contestant| !measured(*contestant))
+            .map(|contestant| format!("`{}`", contestant.name()))
+            .collect();
+        if missing.is_empty() {
+            return String::new();
         }
+        format!(
+            " **Not built for this run, and not measured: {}.** Where the peer by profile is missing, \
+             what of insula's ratio is the profile's cannot be told from this table.",
+            missing.join(", ")
+        )
     }
 
     /// Writes the page and the plot.
