@@ -315,6 +315,7 @@ impl Town<'_> {
             expected: Some(HELLO.to_vec()),
             rate_per_second: f64::from(self.options.rate),
             connections: CONNECTIONS,
+            head_start: open_loop::HEAD_START,
             warm_up: WARM_UP,
             measured,
             cores: self.bed.places.client.clone(),

@@ -41,9 +41,9 @@ const REQUESTS_MAX: u64 = 4_000_000;
 const CONNECTIONS_MAX: usize = 4_096;
 /// How long answers are waited for after the last request was due.
 const DRAIN: Duration = Duration::from_secs(2);
-/// Connections are opened before the first request is due.
+/// How long that usually is for a plan: some connections are opened in much less.
 pub(crate) const HEAD_START: Duration = Duration::from_millis(200);
-/// How often the clock is looked at while nothing comes.
+/// How often the clock is looked at while nothing comes, and whether a connection is to be opened.
 const TICK: Duration = Duration::from_millis(10);
 const NO_TIME: Timespec = Timespec {
     tv_sec: 0,
@@ -60,6 +60,8 @@ pub(crate) struct Plan {
     pub(crate) expected: Option<Vec<u8>>,
     pub(crate) rate_per_second: f64,
     pub(crate) connections: usize,
+    /// They are opened so long before the first request is due.
+    pub(crate) head_start: Duration,
     /// Asked in the same way before, and not recorded.
     pub(crate) warm_up: Duration,
     pub(crate) measured: Duration,
@@ -77,7 +79,7 @@ pub(crate) struct Generator {
 
 impl Generator {
     pub(crate) fn start(plan: Plan) -> Result<Self> {
-        let begin = Instant::now() + HEAD_START;
+        let begin = Instant::now() + plan.head_start;
         let measured_from = begin + plan.warm_up;
         let total = total(&plan)?;
         let thread = std::thread::Builder::new()
@@ -133,6 +135,8 @@ struct Client<'a> {
     targets: Targets,
     epoll: OwnedFd,
     slots: Vec<Slot>,
+    /// When it is looked next whether some are to be opened.
+    open_next: Instant,
     /// Those that are open and free.
     free: Vec<usize>,
     begin: Instant,
@@ -157,6 +161,7 @@ impl<'a> Client<'a> {
             targets: plan.targets.clone(),
             epoll: epoll::create(epoll::CreateFlags::CLOEXEC)?,
             slots: slots.collect(),
+            open_next: now,
             free: Vec::with_capacity(plan.connections),
             begin,
             total,
@@ -228,6 +233,10 @@ impl<'a> Client<'a> {
     }
 
     fn open_due(&mut self, now: Instant) -> Result<()> {
+        if now < self.open_next {
+            return Ok(());
+        }
+        self.open_next = now + TICK;
         for (index, slot) in self.slots.iter_mut().enumerate() {
             if slot.wire.is_due(now) {
                 let data = index as u64;

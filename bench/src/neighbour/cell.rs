@@ -193,6 +193,7 @@ fn victim(
             expected: Some(HELLO.to_vec()),
             rate_per_second: rate,
             connections: VICTIM_CONNECTIONS,
+            head_start: open_loop::HEAD_START,
             warm_up: WARM_UP,
             measured,
             cores: bed.places.client.clone(),

@@ -46,6 +46,7 @@ fn plan(address: SocketAddr, measured: Duration) -> Plan {
         expected: Some(b"hi".to_vec()),
         rate_per_second: 500.0,
         connections: 4,
+        head_start: HEAD_START,
         warm_up: Duration::ZERO,
         measured,
         cores: Cores::allowed().unwrap(),
