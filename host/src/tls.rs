@@ -31,6 +31,7 @@ use rustls::pki_types::pem::{self, PemObject};
 use rustls::pki_types::{CertificateDer, PrivateKeyDer};
 use rustls::{ServerConfig, SupportedProtocolVersion, version};
 use serde::{Deserialize, Serialize};
+use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::TcpStream;
 use tokio_rustls::TlsAcceptor;
 
@@ -42,7 +43,7 @@ const LOOK_EVERY: Duration = Duration::from_secs(1);
 const FILE_MAX_BYTES: u64 = 1 << 20;
 
 /// A connection over TLS.
-pub type TlsStream = tokio_rustls::server::TlsStream<TcpStream>;
+pub type TlsStream<S = TcpStream> = tokio_rustls::server::TlsStream<S>;
 
 /// Where a certificate and its key are, both in PEM.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -235,7 +236,10 @@ impl Certificate {
     ///
     /// # Errors
     /// [`HandshakeError`].
-    pub async fn handshake(&self, stream: TcpStream) -> Result<TlsStream, HandshakeError> {
+    pub async fn handshake<S>(&self, stream: S) -> Result<TlsStream<S>, HandshakeError>
+    where
+        S: AsyncRead + AsyncWrite + Unpin,
+    {
         let acceptor = TlsAcceptor::from(Arc::clone(&self.current.load().config));
         match tokio::time::timeout(HANDSHAKE_TIMEOUT, acceptor.accept(stream)).await {
             Ok(accepted) => Ok(accepted?),
@@ -263,7 +267,7 @@ impl Certificate {
 
 /// The name that the client asked for, lower case.
 #[must_use]
-pub fn server_name(stream: &TlsStream) -> Option<Arc<str>> {
+pub fn server_name<S>(stream: &TlsStream<S>) -> Option<Arc<str>> {
     let (_, connection) = stream.get_ref();
     let name = connection.server_name()?;
     Some(name.to_ascii_lowercase().into())

@@ -34,6 +34,7 @@ use crate::pool::Pool;
 use crate::pool::connections::Ready;
 use crate::pool::entries::{Payer, ServiceEntry};
 use crate::pool::exchange::Exchange;
+use crate::pool::resting;
 
 /// How long a stream of HTTP/2 may take nothing of an answer that its guest has ended. It is looked
 /// at as often, so it may be twice that.
@@ -96,6 +97,22 @@ pub(super) fn answers(exchange: &Arc<Exchange>) {
             *place.borrow_mut() = Arc::downgrade(exchange);
         }
     });
+}
+
+/// The calling task refuses what it was asked for, as more than its tenant may have.
+pub(super) fn refuses() {
+    if let Some(tenant) = current_tenant() {
+        resting::refused(tenant);
+    }
+}
+
+/// Whether something of the tenant that the calling task works for was refused lately.
+pub(super) fn is_refused() -> bool {
+    current_tenant().is_some_and(resting::is_refused)
+}
+
+fn current_tenant() -> Option<TenantId> {
+    CURRENT.with_borrow(|current| current.as_ref().and_then(|account| account.tenant()))
 }
 
 /// A task whose polls are charged, and come in turn.

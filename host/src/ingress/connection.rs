@@ -28,6 +28,7 @@ use super::billing::Billed;
 use super::guarded_io::{ConnectionHandle, Ended, GuardedIo, Timeouts};
 use super::handle::{Origin, Transport, handle};
 use super::routes::RouteTable;
+use super::socket::Socket;
 use crate::pool::Pool;
 use crate::pool::worker::Phase;
 use crate::tls::{self, Certificate};
@@ -304,12 +305,13 @@ impl Ingress {
         let ingress = Arc::clone(self);
         let phase = phase.clone();
         let pool = Arc::clone(&self.pool);
+        let socket = Socket::Live(stream);
         let serving = Box::pin(async move {
             match ingress.certificate.clone() {
-                None => ingress.serve(stream, origin, phase).await,
+                None => ingress.serve(socket, origin, phase).await,
                 // Apart, since it is larger and others need not keep room for it.
                 Some(certificate) => {
-                    Box::pin(ingress.serve_tls(certificate, stream, origin, phase)).await;
+                    Box::pin(ingress.serve_tls(certificate, socket, origin, phase)).await;
                 }
             }
             drop(place);
@@ -321,12 +323,12 @@ impl Ingress {
     async fn serve_tls(
         self: Arc<Self>,
         certificate: Arc<Certificate>,
-        stream: TcpStream,
+        socket: Socket,
         origin: Origin,
         mut phase: watch::Receiver<Phase>,
     ) {
         let secured = tokio::select! {
-            secured = certificate.handshake(stream) => secured,
+            secured = certificate.handshake(socket) => secured,
             // Nothing was asked for yet.
             () = self.told_to_close(&mut phase) => return,
         };

@@ -17,7 +17,7 @@ use insula_scheduler::WorkerId;
 use insula_types::Outcome;
 
 use super::Ingress;
-use super::billing::{answers, pays};
+use super::billing::{answers, pays, refuses};
 use super::body::{Hold, OutBody, RequestBody};
 use super::headers::{self, INSULA_USAGE};
 use super::problem;
@@ -169,6 +169,9 @@ fn shed_request(
     request_id: RequestId,
 ) -> Response<OutBody> {
     let (outcome, reason) = blame(shed);
+    if outcome == Outcome::TenantOverloaded {
+        refuses();
+    }
     service.tenant.metrics.shed(reason);
     service.record_refusal(outcome, began.elapsed(), headers::head_bytes(head));
     own(problem::overloaded(outcome, request_id, shed.retry_after()))

@@ -10,6 +10,7 @@
 //! * `connection`: accepting, draining, limits on connections
 //! * `billing`: whose account the work on a connection goes to
 //! * `guarded_io`, `head_guard`, `frame_guard`: what hyper would let through, and timers on every phase
+//! * `socket`: what it does on a connection of a tenant that asks for too much
 //! * [`handle`]: one request
 //! * [`routes`]: which service a request belongs to
 //! * `headers`: what the host takes out of and puts into heads
@@ -30,5 +31,6 @@ mod headers;
 pub mod logs;
 pub mod problem;
 pub mod routes;
+mod socket;
 
 pub use connection::Ingress;

@@ -22,6 +22,7 @@ use super::dispatcher::{Pool, lock};
 use super::exchange::Exchange;
 use super::jobs::{Job, JobKey, JobWaker, Wakefulness, Work};
 use super::pace::{Ending, Lane, TURN_NS};
+use super::resting;
 use super::runners::{Load, Ticket};
 
 /// How long a worker polls guests before it looks at its connections again.
@@ -55,6 +56,8 @@ enum Loan {
         ticket: Arc<Ticket>,
         exchange: Arc<Exchange>,
         since: Instant,
+        /// The worker's own CPU time until then.
+        own_ns: u64,
     },
     /// A runner with an earlier slice has it still.
     Waiting,
@@ -181,7 +184,10 @@ impl Pool {
             ends = Some(worker.next_sweep);
         }
         if let Some(loan) = worker.loan.take() {
-            self.call_in(worker.id, loan, began);
+            self.call_in(worker, loan, began);
+        }
+        if resting::look(began) > 0 {
+            return After::Again;
         }
         worker.connections.begin_round();
         let went = self.run_connections(worker, began, false);
@@ -219,7 +225,7 @@ impl Pool {
                 Picked::Idle => None,
                 Picked::Throttled(until) => Some(until),
             };
-            let events = [until, ends, went.left.until()];
+            let events = [until, ends, went.left.until(), resting::next_look()];
             let first = events.into_iter().flatten().min();
             return first.map_or(After::Idle, After::Until);
         }
@@ -347,6 +353,7 @@ impl Pool {
             ticket,
             exchange,
             since,
+            own_ns: worker.watch.sum_ns(),
         });
         Ran::Lent
     }
@@ -357,23 +364,26 @@ impl Pool {
     }
 
     /// Ends a loan: whoever has waited for its end may be next.
-    fn call_in(&self, worker: WorkerId, loan: Loan, now: Instant) {
+    fn call_in(&self, worker: &WorkerState, loan: Loan, now: Instant) {
         match loan {
-            Loan::Waiting => self.pause(worker, Nanos::ZERO, now),
+            Loan::Waiting => self.pause(worker.id, Nanos::ZERO, now),
             Loan::Lent {
                 key,
                 ticket,
                 exchange,
                 since,
+                own_ns,
             } => {
                 if ticket.has_ended() {
-                    self.charge_runner(worker, key, &ticket, &exchange, now);
+                    self.charge_runner(worker.id, key, &ticket, &exchange, now);
                     return;
                 }
                 let used = ticket.charge();
-                ticket.pause(now.saturating_duration_since(since), used);
+                let own = Duration::from_nanos(worker.watch.sum_ns() - own_ns);
+                let lent = now.saturating_duration_since(since).saturating_sub(own);
+                ticket.pause(lent, used);
                 exchange.charge_cpu(used);
-                self.pause(worker, Nanos::from_nanos(used), now);
+                self.pause(worker.id, Nanos::from_nanos(used), now);
             }
         }
     }

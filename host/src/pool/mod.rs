@@ -42,6 +42,7 @@ pub mod jobs;
 pub mod offload;
 pub mod pace;
 pub mod request_id;
+pub(crate) mod resting;
 mod run_queue;
 mod runners;
 mod slot;

@@ -48,6 +48,9 @@ use super::pace::{Ending, Lane};
 const RUNNERS_MAX: usize = 64;
 /// CPU time after which a runner gives a job back that could go on: a hand-over is a fiftieth of it.
 const TURN_NS: u64 = 1_000_000;
+/// For how long a core is lent before it is judged whether the runner gets it: in a few milliseconds
+/// something more urgent than any of us may have been there by chance.
+const JUDGED_NS: u64 = 10_000_000;
 /// A clock's reading that was not taken.
 const NOT_YET: u64 = u64::MAX;
 /// A runner that has had nothing to do for this long ends, and gives its heap back.
@@ -78,6 +81,9 @@ pub(super) struct Ticket {
     ended_ns: AtomicU64,
     /// It was lent a core and did not get it: it has the claim of any thread.
     starved: AtomicBool,
+    /// For how long it was lent one since that was judged last, in nanoseconds, and what it had.
+    lent_ns: AtomicU64,
+    had_ns: AtomicU64,
     /// What was charged of it so far.
     charged_ns: AtomicU64,
     /// How it ended.
@@ -97,15 +103,20 @@ impl Ticket {
         }
     }
 
-    /// The loan is over after `lent`, of which the slice had `used_ns` of CPU time.
+    /// The loan is over: the slice could have had the core for `lent`, and had it for `used_ns`.
     pub(super) fn pause(&self, lent: Duration, used_ns: u64) {
-        // Shorter loans say little: the runner may just have been woken.
-        if lent >= Duration::from_millis(1) {
-            let starved = u128::from(used_ns) * 4 < lent.as_nanos();
-            if self.starved.swap(starved, Ordering::Relaxed) || starved {
-                self.runner.claim(Claim::Leftover);
-            }
-        } else if self.starved.load(Ordering::Relaxed) {
+        let lent_ns = u64::try_from(lent.as_nanos()).unwrap_or(u64::MAX);
+        let lent_ns = self.lent_ns.load(Ordering::Relaxed).saturating_add(lent_ns);
+        let had_ns = self.had_ns.load(Ordering::Relaxed) + used_ns;
+        let was_starved = self.starved.load(Ordering::Relaxed);
+        let judged = lent_ns >= JUDGED_NS;
+        if judged {
+            self.starved.store(had_ns < lent_ns / 4, Ordering::Relaxed);
+        }
+        let (lent_ns, had_ns) = if judged { (0, 0) } else { (lent_ns, had_ns) };
+        self.lent_ns.store(lent_ns, Ordering::Relaxed);
+        self.had_ns.store(had_ns, Ordering::Relaxed);
+        if was_starved {
             self.runner.claim(Claim::Leftover);
         }
     }
@@ -245,6 +256,8 @@ impl Runners {
             began_ns: AtomicU64::new(NOT_YET),
             ended_ns: AtomicU64::new(NOT_YET),
             starved: AtomicBool::new(false),
+            lent_ns: AtomicU64::new(0),
+            had_ns: AtomicU64::new(0),
             charged_ns: AtomicU64::new(0),
             result: Mutex::new(None),
             lender: AtomicU32::new(0),

@@ -31,6 +31,7 @@ use crate::engine::artefact::ArtefactKey;
 use crate::link::{LinkError, socket};
 use crate::messages::{COMMAND_QUEUE, Command, FromData, REPORT_QUEUE, ToData};
 use crate::outbound::Inquiries;
+use crate::pool::clock::ask_for_short_slices;
 use crate::storage::look_at_the_limit;
 use crate::tls::{Certificate, Use};
 
@@ -97,6 +98,8 @@ fn start(link: &Blocking, mut walls: Vec<Wall>) -> Result<Running, String> {
     };
     let engine = data::engine(&config).map_err(|error| error.to_string())?;
     look_at_the_limit();
+    // Threads inherit it, and behind the walls nobody may ask.
+    ask_for_short_slices();
     walls.extend(walls::raise(&settings.root));
     walls.push(walls::runners_give_way());
     let listeners = shared(listeners, settings.workers).map_err(|error| error.to_string())?;

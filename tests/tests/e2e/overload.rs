@@ -1,6 +1,8 @@
 //! When there is not enough: who waits, who is refused, what they are told, and that nobody else
 //! feels it.
 
+use std::sync::atomic::AtomicU32;
+use std::sync::atomic::Ordering::Relaxed;
 use std::time::{Duration, Instant};
 
 use insula_tests::http::{Connection, Request};
@@ -88,6 +90,39 @@ fn a_queue_that_stands_is_refused_at_once_and_heals() {
     std::thread::sleep(Duration::from_millis(500));
     let burst = load::times(4, 4, &busy.get("/sleep?ms=1"));
     assert_eq!(burst.status(200), 4, "{:?}", burst.statuses);
+}
+
+#[test]
+fn connections_of_who_is_refused_lose_nothing() {
+    let host = TestHost::start();
+    let two = json!({"requests": {"in_flight": 2, "queued": 4}});
+    let busy = host.tenant("busy").spec(two).create().deploy("echo");
+    // More than the kernel holds of a connection.
+    let body: Vec<u8> = (0..=255).flat_map(|byte| [byte; 8 << 10]).collect();
+    let post = busy.post("/", body.clone());
+    let (served, refused) = (AtomicU32::new(0), AtomicU32::new(0));
+    let until = Instant::now() + Duration::from_secs(60);
+    let more = || served.load(Relaxed) < 20 && Instant::now() < until;
+    std::thread::scope(|scope| {
+        let flood = scope.spawn(|| load::as_long_as(more, 12, &busy.get("/sleep?ms=5")));
+        let mut connection = busy.connect();
+        while more() {
+            match connection.exchange(&post) {
+                Ok(answer) if answer.status == 200 => {
+                    assert!(answer.body == body);
+                    served.fetch_add(1, Relaxed);
+                }
+                Ok(answer) => assert_eq!(answer.status, 429),
+                // Who is refused before its body is read is closed with it unread.
+                Err(_) => connection = busy.connect(),
+            }
+        }
+        let flood = flood.join().expect("the flood");
+        assert_eq!(flood.status(200) + flood.status(429), flood.total());
+        refused.store(flood.status(429).try_into().expect("few"), Relaxed);
+    });
+    assert_eq!(served.load(Relaxed), 20);
+    assert!(refused.load(Relaxed) > 100);
 }
 
 #[test]
