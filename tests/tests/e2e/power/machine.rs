@@ -181,7 +181,7 @@ fn emulator(parts: &Parts, socket: &Path, ingress: SocketAddr, admin: SocketAddr
         .arg(&parts.kernel)
         .arg("-initrd")
         .arg(&parts.image)
-        .args(["-append", "console=ttyS0 panic=-1 quiet"])
+        .args(["-append", "console=ttyS0 panic=-1 quiet no_timer_check"])
         .stdin(Stdio::null())
         .stdout(Stdio::piped());
     command
