@@ -30,7 +30,6 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 
-use crate::checks::Ended;
 use crate::repository::Repository;
 use crate::say;
 use debian::Debian;
@@ -63,20 +62,6 @@ pub(crate) fn run(repository: &Repository, only: Option<&str>) -> Result<ExitCod
     } else {
         ExitCode::FAILURE
     })
-}
-
-/// All cases, as one of the checks. What they need of Debian cannot be had everywhere.
-pub(crate) fn check(repository: &Repository) -> Result<Ended> {
-    let dir = repository.target.join("vm-bed");
-    let debian = match debian::ensure(&dir) {
-        Ok(debian) => debian,
-        Err(why) => return Ok(Ended::Skipped(format!("{why:#}"))),
-    };
-    let report = cases(repository, &dir, &debian, None)?;
-    if report.failed > 0 {
-        bail!("{} cases", report.failed);
-    }
-    Ok(Ended::Passed)
 }
 
 /// The monitor beside QEMU's microvm machine, published. A promise that is not held is a row that says
