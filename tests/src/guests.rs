@@ -1,8 +1,9 @@
 //! The samples, built by `cargo xtask guests`.
 
 use std::fs;
-use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
+
+use crate::tools;
 
 /// The root of the repository.
 ///
@@ -58,8 +59,7 @@ pub fn another_engine(version: &str, copy: &Path) -> String {
         at += 1;
     }
     assert!(places > 0, "the program has no version of an engine in it");
-    fs::write(copy, program).expect("a program");
-    fs::set_permissions(copy, fs::Permissions::from_mode(0o755)).expect("a program");
+    tools::executable(copy, program);
     String::from_utf8(other).expect("digits")
 }
 

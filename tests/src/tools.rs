@@ -1,8 +1,10 @@
-//! Programs of others that some tests need. `cargo xtask test` fetches them and says where they
-//! are; without them a test says so and does nothing else.
+//! Programs: those of others that some tests need, and those that tests make. `cargo xtask test` fetches
+//! the former and says where they are; without them a test says so and does nothing else.
 
+use std::fs;
 use std::io::Write;
-use std::path::PathBuf;
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 
 /// The path in `INSULA_TEST_<name>`; `None`, and a line that says why, when it is not set.
@@ -22,6 +24,15 @@ pub fn tool(name: &str) -> Option<PathBuf> {
 pub fn skipped(why: &str) {
     // A closed stderr is no reason to fail.
     let _ = writeln!(std::io::stderr(), "skipped: {why}");
+}
+
+/// Makes a file that can be run.
+///
+/// # Panics
+/// When the file system refuses it.
+pub fn executable(path: &Path, content: impl AsRef<[u8]>) {
+    fs::write(path, content).expect("a program");
+    fs::set_permissions(path, fs::Permissions::from_mode(0o755)).expect("a program");
 }
 
 /// Runs a program of others to its end.

@@ -13,6 +13,7 @@ use insula_tests::{Service, Tenant, TestHost, guests, load};
 use serde_json::json;
 use tempfile::TempDir;
 
+use crate::kills::writer::Ending;
 use crate::upgrades::saying;
 
 /// Another program, and the version of its engine.
@@ -55,15 +56,6 @@ fn dark(service: &Service, host: &TestHost) -> String {
     let upload = host.admin().upload(&path, guests::bytes("echo")).send();
     assert_eq!(upload.status, 201, "{}", upload.text());
     format!("v{}.{}", upload.json()["version"], service.host_name())
-}
-
-/// Ends the clients, however their test ends.
-struct Until<'a>(&'a AtomicBool);
-
-impl Drop for Until<'_> {
-    fn drop(&mut self) {
-        self.0.store(true, Ordering::Relaxed);
-    }
 }
 
 /// What is stored of a service's component is none any more.
@@ -141,7 +133,7 @@ fn an_upgrade_to_another_engine_fails_no_request() {
         more()
     };
     let (loads, deployed) = std::thread::scope(|scope| {
-        let until = Until(&ended);
+        let ending = Ending(&ended);
         let mut clients = Vec::new();
         for service in quick.iter().chain([&web]) {
             let request = match service.name() {
@@ -174,7 +166,7 @@ fn an_upgrade_to_another_engine_fails_no_request() {
         host.install(guests::insula());
         host.upgrade();
         assert_eq!(engine(&host), first);
-        drop(until);
+        drop(ending);
         let loads = clients
             .into_iter()
             .map(|client| client.join().expect("a client"));

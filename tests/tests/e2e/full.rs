@@ -3,11 +3,11 @@
 
 use std::fs::{self, File};
 use std::io::Write;
-use std::os::unix::fs::{PermissionsExt, symlink};
+use std::os::unix::fs::symlink;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use insula_tests::tools::skipped;
+use insula_tests::tools::{self, skipped};
 use insula_tests::{TestHost, guests};
 use rustix::process::getuid;
 use serde_json::json;
@@ -27,8 +27,7 @@ fn script(place: &Path) -> PathBuf {
          'mount -t tmpfs -o size={SIZE},mode=700 small \"$SMALL\" && exec \"$@\"' sh \"$@\"\n"
     );
     let path = place.join("small.sh");
-    fs::write(&path, text).expect("a script");
-    fs::set_permissions(&path, fs::Permissions::from_mode(0o755)).expect("a script");
+    tools::executable(&path, text);
     path
 }
 

@@ -3,7 +3,6 @@
 
 use std::collections::BTreeSet;
 use std::fs;
-use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
@@ -196,8 +195,7 @@ fn as_the_unit_starts_it(dir: &Path) -> PathBuf {
     let set = set.replace("cap_", "+").replace(' ', ",");
     let setpriv = format!("setpriv --bounding-set=-all,{set} --inh-caps=-all --no-new-privs");
     let script = dir.join("unit");
-    fs::write(&script, format!("#!/bin/sh\nexec {setpriv} \"$@\"\n")).expect("a file");
-    fs::set_permissions(&script, fs::Permissions::from_mode(0o755)).expect("chmod(2)");
+    tools::executable(&script, format!("#!/bin/sh\nexec {setpriv} \"$@\"\n"));
     script
 }
 
@@ -230,13 +228,8 @@ fn the_units_capabilities_are_enough_for_every_wall_and_for_volumes() {
     // What guests wrote belongs to the process that serves, and is read, copied and deleted by control.
     admin.post("/v1/tenants/a/volumes/data/clone", &json!({"name": "copy"}));
     assert_eq!(admin.request("GET", "/v1/backup").send().status, 200);
-    assert_eq!(
-        admin
-            .request("DELETE", "/v1/tenants/a/volumes/copy")
-            .send()
-            .status,
-        204
-    );
+    let deleted = admin.request("DELETE", "/v1/tenants/a/volumes/copy").send();
+    assert_eq!(deleted.status, 204);
     host.crash_and_restart();
     until(Duration::from_secs(20), "it serves again", || {
         let answer = files.get("/data/d/a").send();

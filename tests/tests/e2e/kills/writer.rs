@@ -42,7 +42,7 @@ struct Held {
     maybe: Option<Vec<u8>>,
 }
 
-/// Tells a writer that the host is gone, however the test comes to its end.
+/// Tells a writer or a client that it is over, however the test comes to its end.
 pub(crate) struct Ending<'a>(pub(crate) &'a AtomicBool);
 
 impl Drop for Ending<'_> {
