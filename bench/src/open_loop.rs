@@ -41,7 +41,7 @@ const REQUESTS_MAX: u64 = 4_000_000;
 const CONNECTIONS_MAX: usize = 4_096;
 /// How long answers are waited for after the last request was due.
 const DRAIN: Duration = Duration::from_secs(2);
-/// How long that usually is for a plan: some connections are opened in much less.
+/// The usual [`Plan::head_start`]: some connections are opened in much less.
 pub(crate) const HEAD_START: Duration = Duration::from_millis(200);
 /// How often the clock is looked at while nothing comes, and whether a connection is to be opened.
 const TICK: Duration = Duration::from_millis(10);

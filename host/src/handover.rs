@@ -262,7 +262,8 @@ impl Successor {
 #[derive(Debug)]
 pub(crate) struct Predecessor(Line);
 
-/// Asks the host that holds a data directory to hand over to one with this engine and program. `None` where it does not wait for that.
+/// Asks the host that holds a data directory to hand over to one with this engine and program. `None`
+/// where it does not wait for that.
 ///
 /// # Errors
 /// [`HandoverError`] when it does, and then fails.

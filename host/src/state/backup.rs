@@ -410,15 +410,15 @@ mod tests {
         digest
     }
 
+    fn blobs(data: &DataDir) -> Blobs {
+        let engine = EngineName::try_from("c".to_owned()).unwrap();
+        Blobs::open(data, engine, Health::default()).unwrap()
+    }
+
     /// A host with one service and two versions, and its backup.
     fn backup(path: &Path) -> (Vec<u8>, Vec<Digest>) {
         let data = DataDir::open(path).unwrap();
-        let mut blobs = Blobs::open(
-            &data,
-            EngineName::try_from("c".to_owned()).unwrap(),
-            Health::default(),
-        )
-        .unwrap();
+        let mut blobs = blobs(&data);
         let mut store = SqliteStore::open(&data, Health::default()).unwrap();
         let now = Timestamp::from_millis(1);
         let (tenant, name) = ("a".parse().unwrap(), "web".parse().unwrap());
@@ -484,12 +484,7 @@ mod tests {
                 .map(insula_types::VersionNumber::get),
             Some(2)
         );
-        let blobs = Blobs::open(
-            &data,
-            EngineName::try_from("c".to_owned()).unwrap(),
-            Health::default(),
-        )
-        .unwrap();
+        let blobs = blobs(&data);
         for digest in &digests {
             assert!(blobs.find(Kind::Component, digest).unwrap().is_some());
         }

@@ -273,7 +273,8 @@ impl Blobs {
     }
 
     /// Removes every file that is not of `referenced`, and artefacts made for an engine or CPU that
-    /// is neither this host's nor its successor's. Answers how many went. Not after the state was stopped, as [`Blobs::remove`].
+    /// is neither this host's nor its successor's. Answers how many went. Not after the state was
+    /// stopped, as [`Blobs::remove`].
     ///
     /// # Errors
     /// Those of the file system.
@@ -308,9 +309,7 @@ impl Blobs {
         }
         Ok(removed)
     }
-}
 
-impl Blobs {
     fn compiles_for(&self, engine: &str) -> bool {
         let mut ours = [Some(&self.engine), self.successor.as_ref()]
             .into_iter()
